@@ -1,0 +1,1 @@
+"""The doing daemon on every node: model copies, engines, readings."""

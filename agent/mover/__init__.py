@@ -1,0 +1,1 @@
+"""The process that moves model bytes: blocking threads, no event loop."""

@@ -1,0 +1,1 @@
+"""What this node has and how it is doing: NVML, CPUs, memory, disks, network."""

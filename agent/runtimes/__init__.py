@@ -1,0 +1,1 @@
+"""How each engine is started, asked whether it is ready, and stopped."""

@@ -1,0 +1,1 @@
+"""The on-disk layout of model copies: blobs, manifests, parts, trash."""

@@ -1,0 +1,90 @@
+"""Every limit in one table: queue lengths, sizes, timeouts, retry caps. Units are the last word of each name.
+
+A limit that a user may want to change is a default in `head/config.py` or `agent/config.py`; what stands
+here is what the protocol and the safety of the daemons rest on.
+"""
+
+from __future__ import annotations
+
+# names and documents
+MODEL_NAME_CHARS = 192
+NODE_ID_CHARS = 63
+REVISION_CHARS = 64
+LABELS_PER_NODE = 64
+LABEL_CHARS = 128
+METADATA_BYTES = 65_536
+SOURCES_PER_MODEL = 16
+MANIFEST_FILES = 4_096
+MANIFEST_PATH_CHARS = 512
+MODELS = 100_000
+SERVICES = 10_000
+REPLICAS_PER_SERVICE = 256
+KEYS = 10_000
+
+# jobs
+STEPS_PER_JOB = 1_000
+STEP_DEPENDENCIES = 256
+JOBS_LIVE = 10_000
+JOBS_KEPT = 100_000  # ended jobs beyond this are pruned, oldest first
+STEPS_RUNNING_PER_NODE = 8
+STEP_ATTEMPTS = 4
+STEP_BACKOFF_BASE_MS = 1_000
+STEP_BACKOFF_CAP_MS = 60_000
+
+# HTTP
+BODY_BYTES = 1_048_576  # control plane; a larger body is 413 before it is read
+GATEWAY_BODY_BYTES = 33_554_432  # prompts with images
+PAGE_ITEMS = 500
+PAGE_ITEMS_DEFAULT = 100
+WAIT_S = 3_600  # ?wait=
+EVENT_BACKLOG = 10_000  # change-feed entries kept in memory for resume
+EVENT_SUBSCRIBERS = 1_000
+EVENT_SUBSCRIBER_QUEUE = 1_024  # a slower reader is closed and resumes from its last id
+IDEMPOTENCY_KEYS = 100_000
+IDEMPOTENCY_TTL_MS = 86_400_000
+IDEMPOTENCY_KEY_CHARS = 128
+
+# sessions between head and agents
+PROTOCOL = 1
+PROTOCOL_MIN = 1
+FRAME_BYTES = 2_097_152
+OUTBOX_FRAMES = 256  # per agent; overflow closes the session, which is safe: state is level-triggered
+OUTBOX_BYTES = 8_388_608
+HELLO_TIMEOUT_S = 10.0
+HELLO_RATE_PER_S = 1_000
+INTERVAL_FLOOR_MS = 5_000
+LEASES_PER_S = 2_000
+LEASE_INTERVALS = 3  # lease = 3 x interval
+SETTLE_MS = 60_000  # after a head start no node is judged lost before this
+COMMAND_REPEAT_MS = 10_000
+LOST_FRACTION_FREEZE = 0.55  # this share of nodes gone together freezes replacement
+LOOP_STALL_MS = 1_000  # a longer stall of our own loop extends every lease by it
+TICK_MS = 1_000
+
+# journal
+JOURNAL_BATCH_RECORDS = 512
+JOURNAL_QUEUE_EVENTS = 10_000
+HISTORY_RECORDS_KEPT = 500_000
+
+# moving model bytes
+CHUNK_BYTES_SMALL = 1_048_576  # model < 1 GiB
+CHUNK_BYTES_MEDIUM = 4_194_304  # model < 16 GiB
+CHUNK_BYTES_LARGE = 16_777_216
+TICKET_TTL_MS = 6 * 3_600_000
+CHECKPOINT_BYTES = 1_073_741_824
+CHECKPOINT_S = 1.0
+SOURCE_ATTEMPTS = 6
+SOURCE_CONNECT_TIMEOUT_S = 10.0
+SOURCE_READ_TIMEOUT_S = 60.0
+CHUNK_STRIKES = 3  # bad chunks from one source before it is left alone for that blob
+MOVER_CONNECTIONS = 64
+
+# engines
+LOG_BYTES_PER_REPLICA = 16_777_216
+LOG_RUNS_KEPT = 3
+REPLICA_READY_TIMEOUT_S = 900
+REPLICA_STOP_GRACE_S = 10.0
+REPLICA_BACKOFF_BASE_MS = 1_000
+REPLICA_BACKOFF_CAP_MS = 300_000
+PROBE_TIMEOUT_S = 5.0
+PORT_RANGE = (20_000, 29_999)

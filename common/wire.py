@@ -1,0 +1,437 @@
+"""The session protocol between head and agent: JSON over one websocket that the agent dials.
+
+Every frame is an `Envelope {kind, body}`; the body is decoded only after the kind is known, and an unknown kind
+is counted and ignored, so that version N talks to N-1. Machine messages tolerate unknown fields; new fields
+need defaults; a field never changes its type. Lost, repeated or reordered frames cost time, never correctness:
+the head repeats what is desired until the agent reports it, and `(op_id, generation)` dedupes.
+
+agent -> head   hello, report, lease, telemetry, progress, result, leaving, log_chunk
+head  -> agent  welcome, refused, ack, command, result_ack, log_request
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from common.errors import ErrorInfo
+from common.manifest import Manifest
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """One frame."""
+
+    kind: str
+    body: msgspec.Raw
+
+
+class Message(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """Root of the bodies."""
+
+
+# inventory and readings
+class Gpu(Message, frozen=True):
+    """One GPU or MIG instance as NVML names it. Bytes are bytes; peers are indices linked by NVLink."""
+
+    index: int
+    uuid: str
+    name: str
+    memory_bytes: int
+    compute_capability: str = ""
+    mig_mode: bool = False
+    mig_parent: str = ""  # uuid of the parent GPU when this is a MIG instance
+    nvlink_peers: tuple[int, ...] = ()
+    pci_bus_id: str = ""
+    power_limit_w: float | None = None
+
+
+class Nic(Message, frozen=True):
+    """One network interface; speed is -1 when the kernel does not say."""
+
+    name: str
+    addresses: tuple[str, ...] = ()
+    speed_mbps: int = -1
+
+
+class Disk(Message, frozen=True):
+    """A file system that Herder may use; the store's own is first."""
+
+    path: str
+    fs_type: str
+    total_bytes: int
+    free_bytes: int
+    device: str = ""
+
+
+class Inventory(Message, frozen=True):
+    """What a node is. It changes rarely and travels in hello."""
+
+    hostname: str
+    addresses: tuple[str, ...] = ()
+    os: str = ""
+    kernel: str = ""
+    arch: str = ""
+    cpu_model: str = ""
+    cpus: int = 0  # logical
+    cores: int = 0  # physical
+    numa_nodes: int = 1
+    memory_bytes: int = 0
+    dram_budget_bytes: int = 0  # what the RAM tier may lock
+    disk_budget_bytes: int = 0  # what the store may use in all
+    disks: tuple[Disk, ...] = ()
+    nics: tuple[Nic, ...] = ()
+    gpus: tuple[Gpu, ...] = ()
+    gpu_reason: str = ""  # why there are no GPUs, in words, when there are none
+    driver_version: str = ""
+    cuda_version: str = ""
+    engines: dict[str, str] = {}  # runtime name -> version or path, of those found on this node
+
+
+class GpuReading(Message, frozen=True):
+    """Live readings of one GPU; None where the card or driver does not say."""
+
+    index: int
+    uuid: str
+    memory_used_bytes: int
+    memory_free_bytes: int
+    utilisation: float | None = None  # 0..1
+    memory_utilisation: float | None = None  # 0..1
+    temperature_c: float | None = None
+    power_w: float | None = None
+    ecc_uncorrected: int | None = None
+    is_lost: bool = False
+
+
+class Telemetry(Message, frozen=True):
+    """Latest readings of a node; the latest wins, any may be dropped."""
+
+    cpu: float = 0.0  # 0..1 over all CPUs
+    memory_available_bytes: int = 0
+    disk_free_bytes: int = 0  # of the store's file system
+    disk_used_bytes: int = 0  # by the store
+    disk_reserved_bytes: int = 0
+    dram_used_bytes: int = 0  # by the RAM tier
+    gpus: tuple[GpuReading, ...] = ()
+    load1: float = 0.0
+
+
+# session
+class Hello(Message, frozen=True):
+    """First frame of an agent. `cluster_id` is empty on the very first contact, then what it was told."""
+
+    proto_min: int
+    proto_max: int
+    node_id: str
+    boot_id: str
+    agent_id: str  # fresh per agent process
+    version: str
+    inventory: Inventory
+    cluster_id: str = ""
+    max_head_epoch: int = 0
+    labels: dict[str, str] = {}
+    advertise: str = ""  # address under which the head and other nodes reach this node
+    data_port: int = 0  # the mover's blob server
+    http_port: int = 0  # the agent's /metrics
+    launch_id: str = ""
+    features: tuple[str, ...] = ()
+
+
+class Welcome(Message, frozen=True):
+    """The head's acceptance. `ticket_key` (base64) is this node's key for checking transfer tickets."""
+
+    proto: int
+    cluster_id: str
+    head_epoch: int
+    session_id: str
+    lease_ms: int
+    interval_ms: int
+    respread_ms: int
+    ticket_key: str
+
+
+class Refused(Message, frozen=True):
+    """Sent before the head closes a session it will not have."""
+
+    error: ErrorInfo
+    retry_after_ms: int = 0
+
+
+class CopyStatus(Message, frozen=True):
+    """One copy as the agent sees it.
+
+    state: reserved | fetching | verifying | syncing | ready | loading | asleep | failed | dropping
+    """
+
+    model: str
+    revision: str
+    storage: str  # "disk" | "dram" | "gpuN"
+    state: str
+    generation: int = 0
+    bytes_done: int = 0
+    bytes_total: int = 0
+    digest: str = ""  # manifest digest, once known
+    is_locked: bool = False  # dram: mlock held (else resident only)
+    error: ErrorInfo | None = None
+
+
+class ReplicaStatus(Message, frozen=True):
+    """One engine as the agent sees it.
+
+    state: waiting_copy | starting | ready | unhealthy | stopping | stopped | failed
+    """
+
+    replica: str
+    generation: int
+    state: str
+    host: str = ""
+    port: int = 0
+    pid: int = 0
+    restarts: int = 0
+    exit_code: int | None = None
+    started_ms: int = 0
+    ready_ms: int = 0
+    memory_bytes: int = 0  # resident, of the process group
+    gpu_memory_bytes: int = 0  # by NVML, of the process group
+    error: ErrorInfo | None = None
+    last_log: tuple[str, ...] = ()  # last lines when it failed
+
+
+class OpStatus(Message, frozen=True):
+    """One command that the agent holds: state is running | done | failed | cancelled."""
+
+    op_id: str
+    generation: int
+    state: str
+
+
+class Report(Message, frozen=True):
+    """Everything this agent holds; replaces what the head observed before."""
+
+    seq: int
+    copies: tuple[CopyStatus, ...] = ()
+    replicas: tuple[ReplicaStatus, ...] = ()
+    ops: tuple[OpStatus, ...] = ()
+
+
+class Lease(Message, frozen=True):
+    """The heartbeat. The agent counts its lease from `sent_boottime_ms`, so its view always ends first."""
+
+    seq: int
+    sent_boottime_ms: int
+    digest: int = 0  # of the report; a difference from the last full report asks for a new one
+
+
+class Ack(Message, frozen=True):
+    """Answer to a lease."""
+
+    seq: int
+    lease_ms: int
+    interval_ms: int
+    wants_report: bool = False
+
+
+class Progress(Message, frozen=True):
+    """How far a command is. rate 0 when it is not known yet."""
+
+    op_id: str
+    generation: int
+    state: str
+    bytes_done: int = 0
+    bytes_total: int = 0
+    rate_bytes_per_s: float = 0.0
+    source: str = ""
+
+
+class Result(Message, frozen=True):
+    """How a command ended: outcome is ok | failed | cancelled. Kept by the agent until `result_ack`."""
+
+    op_id: str
+    generation: int
+    outcome: str
+    error: ErrorInfo | None = None
+    manifest: Manifest | None = None
+    detail: dict[str, Any] = {}
+
+
+class ResultAck(Message, frozen=True):
+    """The head has made the result durable; the agent may forget it."""
+
+    op_id: str
+    generation: int
+
+
+class Leaving(Message, frozen=True):
+    """The agent's allocation or machine is about to end."""
+
+    reason: str
+    deadline_ms: int  # from now
+
+
+class LogRequest(Message, frozen=True):
+    """Asks for a replica's log. `run` 0 is the present run, 1 the one before. offset -1: the last `tail_lines`."""
+
+    request_id: str
+    replica: str
+    run: int = 0
+    offset: int = -1
+    tail_lines: int = 100
+    follow: bool = False
+    is_cancelled: bool = False
+
+
+class LogChunk(Message, frozen=True):
+    """A piece of a log; `is_last` ends the answer. `data` is UTF-8 with replacement."""
+
+    request_id: str
+    offset: int  # of the byte after this chunk
+    data: str
+    is_last: bool = False
+    error: ErrorInfo | None = None
+
+
+# commands
+class Source(Message, frozen=True):
+    """Where a copy's bytes may come from: a URL (file, http, https, hf, ssh) or another node's mover.
+
+    peer: `url` is "peer://HOST:PORT" and `ticket` authorises exactly this model's blobs.
+    """
+
+    url: str
+    ticket: str = ""
+    node: str = ""
+
+
+class CommandBody(Message, tag_field="type", frozen=True):
+    """Root of what the head can ask for."""
+
+
+class EnsureCopy(CommandBody, tag="ensure_copy", frozen=True):
+    """This copy shall exist. Sources in order of preference. Without a manifest it is made on the way."""
+
+    model: str
+    revision: str
+    storage: str  # "disk" | "dram"
+    sources: tuple[Source, ...] = ()
+    manifest: Manifest | None = None
+    verify: str = "none"  # "none" | "full": re-hash an existing copy
+
+
+class DropCopy(CommandBody, tag="drop_copy", frozen=True):
+    """This copy shall not exist."""
+
+    model: str
+    revision: str
+    storage: str
+
+
+class HealthSpec(Message, frozen=True):
+    """How an engine is asked whether it is ready and alive. Empty path: the TCP port answers."""
+
+    path: str = "/health"
+    timeout_s: float = 5.0
+    period_s: float = 5.0
+    ready_timeout_s: float = 900.0
+    failures: int = 3  # in a row before a replica is unhealthy
+    canary: dict[str, Any] = {}  # JSON body of a one-token request; empty: none
+    canary_path: str = ""
+
+
+class EnsureReplica(CommandBody, tag="ensure_replica", frozen=True):
+    """This engine shall run.
+
+    `argv`, `env` and `files` are already filled in by the head except for what only the agent knows: the
+    placeholders {model_path} {model_dir} {port} {host} {api_key_file} {gpu_uuids} {state_dir} {cpus}.
+    """
+
+    replica: str
+    service: str
+    model: str
+    revision: str
+    storage: str  # the device it runs on or from: "disk" | "dram" | "gpuN[,gpuM]"
+    runtime: str  # "llamacpp" | "command"
+    argv: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    port: int = 0  # 0: the agent chooses
+    gpu_uuids: tuple[str, ...] = ()
+    health: HealthSpec = HealthSpec()
+    served_name: str = ""
+    api_key: str = ""  # the engine's own key; travels only here, stands in a 0600 file at the agent
+    max_restarts: int = 10
+    stop_grace_s: float = 10.0
+    stop_after_ms: int = 0  # without a head for so long: stop by itself; 0: never
+    config: dict[str, Any] = {}
+
+
+class StopReplica(CommandBody, tag="stop_replica", frozen=True):
+    """This engine shall not run."""
+
+    replica: str
+    grace_s: float = 10.0
+
+
+class CheckHealth(CommandBody, tag="check_health", frozen=True):
+    """Ask once: a replica of this node (by its health spec) or a URL that this node can reach."""
+
+    replica: str = ""
+    url: str = ""
+    timeout_s: float = 5.0
+
+
+class CancelOp(CommandBody, tag="cancel_op", frozen=True):
+    """Stop working on another command; its result will be `cancelled` unless it had ended."""
+
+    target_op_id: str
+    target_generation: int
+
+
+AnyCommand = EnsureCopy | DropCopy | EnsureReplica | StopReplica | CheckHealth | CancelOp
+
+
+class Command(Message, frozen=True):
+    """One command. (op_id, generation) names it; repeated until reported. deadline 0: none."""
+
+    op_id: str
+    generation: int
+    head_epoch: int
+    cause: str
+    body: AnyCommand
+    deadline_ms: int = 0  # from arrival
+
+
+KINDS: dict[type[Message], str] = {
+    Hello: "hello",
+    Welcome: "welcome",
+    Refused: "refused",
+    Report: "report",
+    Lease: "lease",
+    Ack: "ack",
+    Telemetry: "telemetry",
+    Progress: "progress",
+    Result: "result",
+    ResultAck: "result_ack",
+    Leaving: "leaving",
+    LogRequest: "log_request",
+    LogChunk: "log_chunk",
+    Command: "command",
+}
+TYPES: dict[str, type[Message]] = {kind: cls for cls, kind in KINDS.items()}
+
+_encoder = msgspec.json.Encoder()
+_envelopes = msgspec.json.Decoder(Envelope)
+_decoders: dict[str, msgspec.json.Decoder[Message]] = {kind: msgspec.json.Decoder(cls) for kind, cls in TYPES.items()}
+
+
+def encode(message: Message) -> bytes:
+    """One frame for this message."""
+    return b'{"kind":"%s","body":%s}' % (KINDS[type(message)].encode(), _encoder.encode(message))
+
+
+def decode(frame: bytes | str) -> Message | None:
+    """The message in a frame, or None when its kind is not known here.
+
+    Raises: msgspec.DecodeError (ValidationError is one) when the frame or the body is not what its kind says.
+    """
+    envelope = _envelopes.decode(frame)
+    decoder = _decoders.get(envelope.kind)
+    return None if decoder is None else decoder.decode(envelope.body)

@@ -1,0 +1,1 @@
+"""The deciding daemon: registry, placement, jobs, the control plane's API and the gateway."""

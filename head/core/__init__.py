@@ -1,0 +1,1 @@
+"""The head's decisions: pure functions over state, events and time. No clock, no I/O, no asyncio."""

@@ -1,0 +1,190 @@
+"""Events: everything that can happen to the head, in the past tense. Ids and time arrive in the event.
+
+Events that came through the API carry `request_id` (the core answers each exactly once, by Reply or Refuse) and
+`actor`. `fresh_id` is an id that the shell drew, for what the event makes.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from common import wire
+from common.recipe import Recipe
+from herder import types as api
+
+
+class Event(msgspec.Struct, frozen=True):
+    """Root of the events."""
+
+
+# the daemon's own
+class HeadStarted(Event, frozen=True):
+    """First event of a process. `cluster_id` is fresh and used only if the journal has none."""
+
+    cluster_id: str
+    ticket_secret: bytes  # root of the per-node ticket keys, volatile per head process
+    recipes: dict[str, Recipe] = {}
+
+
+class Ticked(Event, frozen=True):
+    """About once a second. `stall_ms`: how much later than planned our own loop got here."""
+
+    stall_ms: int = 0
+
+
+class RecipesLoaded(Event, frozen=True):
+    """The recipe folder was read again."""
+
+    recipes: dict[str, Recipe]
+
+
+# sessions
+class AgentSaidHello(Event, frozen=True):
+    session_id: str
+    hello: wire.Hello
+    peer: str  # address the connection came from
+
+
+class AgentReported(Event, frozen=True):
+    node: str
+    session_id: str
+    report: wire.Report
+
+
+class LeaseRenewed(Event, frozen=True):
+    node: str
+    session_id: str
+    lease: wire.Lease
+
+
+class TelemetryReceived(Event, frozen=True):
+    node: str
+    session_id: str
+    telemetry: wire.Telemetry
+
+
+class ProgressReceived(Event, frozen=True):
+    node: str
+    session_id: str
+    progress: wire.Progress
+
+
+class ResultReceived(Event, frozen=True):
+    node: str
+    session_id: str
+    result: wire.Result
+
+
+class AgentLeaving(Event, frozen=True):
+    node: str
+    session_id: str
+    leaving: wire.Leaving
+
+
+class SessionClosed(Event, frozen=True):
+    node: str
+    session_id: str
+    reason: str
+
+
+# the gateway
+class ModelsUsed(Event, frozen=True):
+    """Which replicas answered requests since the last time; at most one a second."""
+
+    replicas: dict[str, int]  # replica id -> requests
+
+
+class ReplicaProbed(Event, frozen=True):
+    """The gateway asked a replica directly (its node is suspect, or requests failed)."""
+
+    replica: str
+    generation: int
+    is_healthy: bool
+
+
+# requests
+class RequestEvent(Event, frozen=True, kw_only=True):
+    """Root of what comes through the API. `idempotency_key` "" when the caller gave none."""
+
+    request_id: str
+    actor: str = ""
+    fresh_id: str = ""
+    idempotency_key: str = ""
+    request_sha256: str = ""
+
+
+class RegisterModelRequested(RequestEvent, frozen=True, kw_only=True):
+    body: api.RegisterModel
+
+
+class UpdateModelRequested(RequestEvent, frozen=True, kw_only=True):
+    model: str
+    body: api.UpdateModel
+
+
+class DeleteModelRequested(RequestEvent, frozen=True, kw_only=True):
+    model: str
+    force: bool = False
+
+
+class PinRequested(RequestEvent, frozen=True, kw_only=True):
+    body: api.Pin
+
+
+class UnpinRequested(RequestEvent, frozen=True, kw_only=True):
+    body: api.Pin
+
+
+class CordonRequested(RequestEvent, frozen=True, kw_only=True):
+    node: str
+    is_cordoned: bool
+
+
+class DrainRequested(RequestEvent, frozen=True, kw_only=True):
+    node: str
+    body: api.DrainNode
+
+
+class UpdateNodeRequested(RequestEvent, frozen=True, kw_only=True):
+    node: str
+    body: api.UpdateNode
+
+
+class RemoveNodeRequested(RequestEvent, frozen=True, kw_only=True):
+    node: str
+    force: bool = False
+
+
+class CreateJobRequested(RequestEvent, frozen=True, kw_only=True):
+    """A job file, or a one-step job that /download, /move, /serve, ... make. Answered with "job:<id>"."""
+
+    body: api.CreateJob
+
+
+class CancelJobRequested(RequestEvent, frozen=True, kw_only=True):
+    job: str
+
+
+class CreateServiceRequested(RequestEvent, frozen=True, kw_only=True):
+    body: api.CreateService
+    api_key: str  # drawn by the shell for the engines' own door
+
+
+class DeleteServiceRequested(RequestEvent, frozen=True, kw_only=True):
+    service: str
+
+
+class CreateKeyRequested(RequestEvent, frozen=True, kw_only=True):
+    body: api.CreateKey
+    secret_sha256: str
+
+
+class RevokeKeyRequested(RequestEvent, frozen=True, kw_only=True):
+    key: str
+
+
+class WhyRequested(RequestEvent, frozen=True, kw_only=True):
+    """Answered with an api.Why value; changes nothing."""
+
+    kind: str
+    key: str

@@ -1,0 +1,323 @@
+"""The durable objects of the head: what the journal keeps and the state is made of.
+
+Every object is frozen; a change is a new object put under the same (kind, key). Fields may be added with
+defaults; none may change its type or meaning, because journals of every released version must load.
+Times are Herder time (`common/clock.py`) in milliseconds and end in `_ms`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import msgspec
+
+from common.errors import ErrorInfo
+from common.manifest import Manifest
+from common.wire import Inventory
+
+
+class Object(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Root of the durable objects."""
+
+    KIND: ClassVar[str] = ""
+
+    @property
+    def key(self) -> str:
+        """The object's key among its kind."""
+        raise AssertionError("each kind names its key")
+
+
+class Meta(Object, frozen=True):
+    """The cluster itself. `head_epoch` grows by one at each head start; agents refuse a lower one."""
+
+    KIND = "meta"
+    cluster_id: str
+    head_epoch: int
+    created_ms: int
+
+    @property
+    def key(self) -> str:
+        return "cluster"
+
+
+class Node(Object, frozen=True):
+    """A node that has said hello at least once.
+
+    status: online | suspect | unreachable | left. Only transitions are journalled, never heartbeats. `suspect`
+    (websocket closed, lease not over) is volatile: the journal keeps it as online.
+    """
+
+    KIND = "node"
+    id: str
+    boot_id: str
+    agent_id: str
+    version: str
+    inventory: Inventory
+    first_seen_ms: int
+    status: str
+    status_since_ms: int
+    generation: int
+    labels: dict[str, str] = {}  # from the operator; they win over the agent's own
+    agent_labels: dict[str, str] = {}
+    advertise: str = ""
+    data_port: int = 0
+    http_port: int = 0
+    launch_id: str = ""
+    is_cordoned: bool = False
+    drain_deadline_ms: int = 0  # 0: not draining
+    drain_reason: str = ""
+    is_drained: bool = False
+    leaving_ms: int = 0  # when the agent said it will be gone; 0: not leaving
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+
+class Model(Object, frozen=True):
+    """A registered model."""
+
+    KIND = "model"
+    name: str
+    type: str
+    revision: str
+    created_ms: int
+    updated_ms: int
+    sources: tuple[str, ...] = ()
+    metadata: dict[str, Any] = {}
+    is_deleting: bool = False  # copies are being dropped; gone when the last one is
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+
+class ModelManifest(Object, frozen=True):
+    """The verified manifest of a model at a revision, made by the first node that ingested it."""
+
+    KIND = "manifest"
+    manifest: Manifest
+    made_by: str
+    at_ms: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.manifest.model}@{self.manifest.revision}"
+
+
+class Pin(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Keeps a copy from eviction. `until_ms` 0: until removed."""
+
+    name: str
+    until_ms: int = 0
+
+
+class Copy(Object, frozen=True):
+    """One model at a revision on one device: what is desired of it and what was last seen.
+
+    desired: present | absent. state: planned (not commanded or not confirmed yet), waiting (for room or for a
+    source), reserved, fetching, verifying, syncing, ready, loading, asleep, failed, dropping. The object is
+    deleted once absent is confirmed. Progress (bytes) is volatile and stands in State.progress.
+    Copies on gpuN are projections of replicas: `replica` names it.
+    """
+
+    KIND = "copy"
+    model: str
+    revision: str
+    device: str  # canonical "node:storage"
+    desired: str
+    state: str
+    generation: int  # of the last change of `desired` or of the order's content
+    cause: str
+    created_ms: int
+    bytes: int = 0
+    digest: str = ""
+    pins: tuple[Pin, ...] = ()
+    is_locked: bool = False
+    attempts: int = 0
+    not_before_ms: int = 0  # next attempt
+    error: ErrorInfo | None = None
+    last_used_ms: int = 0
+    verified_ms: int = 0
+    source: str = ""  # asked for explicitly: a URL or a device
+    replica: str = ""
+
+    @property
+    def key(self) -> str:
+        return copy_key(self.model, self.revision, self.device)
+
+
+def copy_key(model: str, revision: str, device: str) -> str:
+    """Key of a copy."""
+    return f"{model}@{revision}|{device}"
+
+
+class Service(Object, frozen=True):
+    """Desired state: recipe + model + config + replica count + placement rule."""
+
+    KIND = "service"
+    name: str
+    model: str  # "" where the recipe needs none
+    revision: str
+    recipe: str
+    replicas: int
+    generation: int
+    spec_hash: str
+    created_ms: int
+    cause: str
+    desired: str = "running"  # running | stopped (deleted when its replicas are gone)
+    devices: tuple[str, ...] = ()
+    port: int = 0
+    config: dict[str, Any] = {}
+    labels: dict[str, str] = {}
+    on_unreachable: str = "keep"
+    reason: str = ""  # why it is not fully placed, in words
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+
+class Replica(Object, frozen=True):
+    """One engine of a service. desired: running | stopped. States as wire.ReplicaStatus, plus `pending`."""
+
+    KIND = "replica"
+    id: str  # "<service>-<slot>"
+    service: str
+    slot: int
+    model: str
+    revision: str
+    node: str
+    device: str  # "node:gpu0", "node:dram" or "node:disk"
+    generation: int
+    desired: str
+    state: str
+    cause: str
+    created_ms: int
+    spec_hash: str = ""
+    port: int = 0
+    host: str = ""
+    pid: int = 0
+    restarts: int = 0
+    started_ms: int = 0
+    ready_ms: int = 0
+    exit_code: int | None = None
+    api_key: str = ""
+    memory_bytes: int = 0  # reserved for it by placement
+    gpu_memory_bytes: int = 0  # reserved for it by placement, per GPU
+    error: ErrorInfo | None = None
+    last_log: tuple[str, ...] = ()
+    not_before_ms: int = 0
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+
+class Step(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One step of a job. states: pending | running | completed | failed | cancelled | skipped (terminal: last 4)."""
+
+    id: str
+    action: str
+    state: str = "pending"
+    model: str = ""
+    source_device: str = ""
+    target_device: str = ""
+    source_url: str = ""
+    dependencies: tuple[str, ...] = ()
+    port: int = 0
+    config: dict[str, Any] = {}
+    keep_source: bool = False
+    is_forced: bool = False
+    target_url: str = ""
+    timeout_ms: int = 0  # 0: by size and progress
+    retries: int = -1  # -1: the default
+    attempts: int = 0
+    not_before_ms: int = 0
+    started_ms: int = 0
+    ended_ms: int = 0
+    phase: str = ""  # "copy" | "drop" of a move; what the step is at
+    target: str = ""  # "kind:key" of the object that it waits on
+    target_generation: int = 0
+    error: ErrorInfo | None = None
+    result: dict[str, Any] = {}
+    note: str = ""
+
+
+class Job(Object, frozen=True):
+    """A durable graph of steps."""
+
+    KIND = "job"
+    id: str
+    name: str
+    actor: str
+    state: str
+    created_ms: int
+    steps: tuple[Step, ...]
+    description: str = ""
+    priority: int = 0
+    started_ms: int = 0
+    ended_ms: int = 0
+    is_cancelling: bool = False
+    error: ErrorInfo | None = None
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+
+class Check(Object, frozen=True):
+    """A health check that was asked of a node and is not answered yet."""
+
+    KIND = "check"
+    id: str
+    node: str
+    generation: int
+    cause: str
+    asked_ms: int
+    replica: str = ""
+    url: str = ""
+    timeout_s: float = 5.0
+    outcome: str = ""  # "" | ok | failed
+    error: ErrorInfo | None = None
+    detail: dict[str, Any] = {}
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+
+class ApiKey(Object, frozen=True):
+    """A token, stored as the hex sha256 of its secret part (256 random bits, so a plain hash is enough)."""
+
+    KIND = "key"
+    id: str
+    name: str
+    role: str
+    secret_sha256: str
+    created_ms: int
+    expires_ms: int = 0
+    is_revoked: bool = False
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+
+class Idempotent(Object, frozen=True):
+    """The answer that was given under an Idempotency-Key, for repeats."""
+
+    KIND = "idempotent"
+    id: str  # actor + ":" + key
+    request_sha256: str
+    at_ms: int
+    reference: str = ""  # "kind:key" of what the request made; the answer is rendered from it afresh
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+
+KINDS: dict[str, type[Object]] = {
+    cls.KIND: cls for cls in (Meta, Node, Model, ModelManifest, Copy, Service, Replica, Job, Check, ApiKey, Idempotent)
+}

@@ -1,0 +1,196 @@
+"""The head's state: the durable objects by kind and key, the indices over them, and what is volatile.
+
+Durable objects change only through `apply(state, record)`; `undo` takes records back when the journal refused
+them. Volatile facts (sessions, lease deadlines, telemetry, progress) are written by the core directly and are
+rebuilt from what agents report after a restart.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from common import wire
+from common.recipe import Recipe
+from head.core.objects import (
+    ApiKey,
+    Check,
+    Copy,
+    Idempotent,
+    Job,
+    Meta,
+    Model,
+    ModelManifest,
+    Node,
+    Object,
+    Replica,
+    Service,
+)
+from head.core.records import Record
+
+
+@dataclass(slots=True)
+class Live:
+    """What is known of a node only while it is connected, or since it was."""
+
+    session_id: str = ""  # "" when no session is open
+    lease_until_ms: int = 0
+    last_seen_ms: int = 0
+    boottime_offset_ms: int = 0  # agent's CLOCK_BOOTTIME minus Herder time, from its last lease
+    telemetry: wire.Telemetry | None = None
+    report_digest: int | None = None
+    has_reported: bool = False  # in this session
+    interval_ms: int = 0
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a copy is; volatile."""
+
+    state: str = ""
+    bytes_done: int = 0
+    bytes_total: int = 0
+    rate_bytes_per_s: float = 0.0
+    source: str = ""
+    changed_ms: int = 0  # when bytes_done last grew
+    started_ms: int = 0
+
+
+@dataclass(slots=True)
+class State:
+    """Everything the head knows."""
+
+    # durable, by key
+    meta: dict[str, Meta] = field(default_factory=dict)
+    nodes: dict[str, Node] = field(default_factory=dict)
+    models: dict[str, Model] = field(default_factory=dict)
+    manifests: dict[str, ModelManifest] = field(default_factory=dict)
+    copies: dict[str, Copy] = field(default_factory=dict)
+    services: dict[str, Service] = field(default_factory=dict)
+    replicas: dict[str, Replica] = field(default_factory=dict)
+    jobs: dict[str, Job] = field(default_factory=dict)
+    checks: dict[str, Check] = field(default_factory=dict)
+    keys: dict[str, ApiKey] = field(default_factory=dict)
+    idempotents: dict[str, Idempotent] = field(default_factory=dict)
+    revision: int = 0
+
+    # indices over the durable objects, kept by apply: sets of keys, as insertion-ordered dicts (deterministic)
+    copies_by_model: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
+    copies_by_node: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
+    replicas_by_service: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
+    replicas_by_node: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
+    replicas_by_model: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
+    live_jobs: dict[str, None] = field(default_factory=dict)  # jobs that have not ended
+    waiters: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # "kind:key" -> jobs
+
+    # volatile
+    live: dict[str, Live] = field(default_factory=dict)  # by node
+    progress: dict[str, Progress] = field(default_factory=dict)  # by copy key
+    last_used_ms: dict[str, int] = field(default_factory=dict)  # by copy key, newer than Copy.last_used_ms
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    ticket_secret: bytes = b""
+    started_ms: int = 0
+    settle_until_ms: int = 0
+    is_frozen: bool = False  # most nodes vanished at once: no replacement
+    last_tick_ms: int = 0
+    commanded_ms: dict[str, int] = field(default_factory=dict)  # "node|op_id|generation" -> when last sent
+
+    @property
+    def cluster_id(self) -> str:
+        """The cluster's id; empty before the first start was applied."""
+        meta = self.meta.get("cluster")
+        return meta.cluster_id if meta else ""
+
+    @property
+    def head_epoch(self) -> int:
+        """This head start's fencing number."""
+        meta = self.meta.get("cluster")
+        return meta.head_epoch if meta else 0
+
+    def table(self, kind: str) -> dict[str, Object]:
+        """The objects of a kind by key."""
+        return getattr(self, _TABLES[kind])  # type: ignore[no-any-return]
+
+
+_TABLES = {
+    "meta": "meta",
+    "node": "nodes",
+    "model": "models",
+    "manifest": "manifests",
+    "copy": "copies",
+    "service": "services",
+    "replica": "replicas",
+    "job": "jobs",
+    "check": "checks",
+    "key": "keys",
+    "idempotent": "idempotents",
+}
+JOB_ENDED = frozenset({"completed", "failed", "cancelled"})
+STEP_ENDED = frozenset({"completed", "failed", "cancelled", "skipped"})
+
+
+def apply(state: State, record: Record) -> Object | None:
+    """Puts or deletes the record's object and keeps the indices; returns what stood there before. Total."""
+    table = state.table(record.kind)
+    before = table.get(record.key)
+    if before is not None:
+        _unindex(state, before)
+    if record.body is None:
+        table.pop(record.key, None)
+    else:
+        table[record.key] = record.body
+        _index(state, record.body)
+    state.revision = record.revision
+    return before
+
+
+def undo(state: State, record: Record, before: Object | None) -> None:
+    """Takes back an applied record; call in reverse order."""
+    apply(
+        state,
+        Record(record.revision - 1, record.at_ms, "undone", record.cause, record.kind, record.key, before),
+    )
+
+
+def _index(state: State, thing: Object) -> None:
+    match thing:
+        case Copy():
+            state.copies_by_model[thing.model][thing.key] = None
+            state.copies_by_node[thing.device.partition(":")[0]][thing.key] = None
+        case Replica():
+            state.replicas_by_service[thing.service][thing.key] = None
+            state.replicas_by_node[thing.node][thing.key] = None
+            state.replicas_by_model[thing.model][thing.key] = None
+        case Job() if thing.state not in JOB_ENDED:
+            state.live_jobs[thing.key] = None
+            for step in thing.steps:
+                if step.state == "running" and step.target:
+                    state.waiters[step.target][thing.key] = None
+        case _:
+            pass
+
+
+def _unindex(state: State, thing: Object) -> None:
+    match thing:
+        case Copy():
+            _discard(state.copies_by_model, thing.model, thing.key)
+            _discard(state.copies_by_node, thing.device.partition(":")[0], thing.key)
+        case Replica():
+            _discard(state.replicas_by_service, thing.service, thing.key)
+            _discard(state.replicas_by_node, thing.node, thing.key)
+            _discard(state.replicas_by_model, thing.model, thing.key)
+        case Job():
+            state.live_jobs.pop(thing.key, None)
+            for step in thing.steps:
+                if step.target:
+                    _discard(state.waiters, step.target, thing.key)
+        case _:
+            pass
+
+
+def _discard(index: dict[str, dict[str, None]], name: str, key: str) -> None:
+    keys = index.get(name)
+    if keys is not None:
+        keys.pop(key, None)
+        if not keys:
+            del index[name]
