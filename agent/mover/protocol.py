@@ -2,7 +2,8 @@
 
 The mover owns the store: its files, its catalogue (`state.db`), its reservations. The agent asks by `Request`
 objects; each is answered by any number of `Moving` frames and exactly one `Done`. `token` is chosen by the agent
-and is unique among open requests. If the mover dies, the agent starts a new one and asks again: every fetch resumes from
+and is unique among open requests. If the mover dies, the agent starts a new one and asks again: every fetch resumes
+from
 its bitmap, every other request is idempotent. Frames: 4-byte little-endian length, then msgpack.
 """
 
