@@ -1,1 +1,1 @@
-"""What this node has and how it is doing: NVML, CPUs, memory, disks, network."""
+"""What a node is (`host`, `nvml`) and how it fares (`telemetry`): blocking functions, called from a thread."""
