@@ -1,0 +1,133 @@
+"""The head's settings: strict, from one YAML file, HERDER_HEAD_* variables and the command line, in that order."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import ssl
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from common.config import default_state_dir, load_config
+from common.errors import InvalidConfig
+
+PREFIX = "HERDER_HEAD"
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+
+
+class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Root of the groups of settings."""
+
+
+class TlsConfig(Group, frozen=True):
+    """TLS is on when `cert` and `key` are given; with `client_ca`, clients must show a certificate it signed."""
+
+    cert: str = ""
+    key: str = ""
+    client_ca: str = ""
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.cert)
+
+
+class GatewayConfig(Group, frozen=True):
+    """The OpenAI-compatible door at /v1."""
+
+    enabled: bool = True
+    connect_timeout_s: Seconds = 5.0
+    first_byte_timeout_s: Seconds = 600.0  # a long prompt on a slow machine
+    idle_timeout_s: Seconds = 120.0  # between two pieces of a stream
+    in_flight_max: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 10_000  # requests at once; over it: 429
+
+
+class HeadConfig(Group, frozen=True):
+    """Everything an operator can set. `metrics_open`: /metrics answers without a token."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(ge=0, le=65_535)] = 8470
+    state_dir: str = ""  # empty: systemd's StateDirectory, /var/lib/herder/head for root, else XDG
+    allow_network_fs: bool = False  # SQLite's locks cannot be trusted there; two heads could run
+    tls: TlsConfig = TlsConfig()
+    metrics_open: bool = False
+    recipes_dir: str = ""  # empty: the recipes that come with Herder
+    gateway: GatewayConfig = GatewayConfig()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+
+    @property
+    def state_path(self) -> Path:
+        """The state directory."""
+        return Path(self.state_dir) if self.state_dir else default_state_dir("head")
+
+    @property
+    def recipes_path(self) -> Path:
+        """The folder of recipes: as set, beside this package in a wheel, or at the root of the source tree."""
+        if self.recipes_dir:
+            return Path(self.recipes_dir)
+        packaged = Path(__file__).parent / "_recipes"
+        return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the head."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def url(self) -> str:
+        """Where a program on this machine reaches the head."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
+        host = f"[{host}]" if ":" in host else host
+        return f"{'https' if self.tls.is_on else 'http'}://{host}:{self.port}"
+
+
+def load(
+    path: Path | None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    overrides: Mapping[str, Any] | None = None,
+) -> HeadConfig:
+    """The checked configuration. Raises: InvalidConfig."""
+    config = load_config(HeadConfig, path=path, prefix=PREFIX, environ=environ, overrides=overrides)
+    check(config)
+    return config
+
+
+def check(config: HeadConfig) -> None:
+    """What types cannot say. Raises: InvalidConfig."""
+    tls = config.tls
+    if bool(tls.cert) != bool(tls.key):
+        raise InvalidConfig("tls.cert and tls.key belong together", hint="set both, or neither")
+    if tls.client_ca and not tls.cert:
+        raise InvalidConfig("tls.client_ca needs tls.cert and tls.key")
+    if not config.host:
+        raise InvalidConfig("host is empty", hint="127.0.0.1 for this machine only, 0.0.0.0 for all addresses")
+    if config.recipes_dir and not Path(config.recipes_dir).is_dir():
+        raise InvalidConfig(f"recipes_dir: {config.recipes_dir} is not a folder")
+    ssl_context(tls)
+
+
+def ssl_context(tls: TlsConfig) -> ssl.SSLContext | None:
+    """The server's TLS context, or None when TLS is off. Raises: InvalidConfig."""
+    if not tls.is_on:
+        return None
+    try:
+        if Path(tls.key).stat().st_mode & 0o077:
+            raise InvalidConfig(f"tls.key: {tls.key} is readable by others", hint=f"chmod 600 {tls.key}")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(tls.cert, tls.key)
+        if tls.client_ca:
+            context.load_verify_locations(tls.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except OSError as error:  # ssl.SSLError is one
+        raise InvalidConfig(f"tls: {error}", hint="PEM files: the chain in tls.cert, its key in tls.key") from None
+    return context
