@@ -144,6 +144,12 @@ def apply(state: State, record: Record) -> Object | None:
     return before
 
 
+def restore(state: State, thing: Object) -> None:
+    """Puts an object that the journal kept, at start-up, when no object stands there before."""
+    state.table(thing.KIND)[thing.key] = thing
+    _index(state, thing)
+
+
 def undo(state: State, record: Record, before: Object | None) -> None:
     """Takes back an applied record; call in reverse order."""
     apply(

@@ -1,4 +1,4 @@
-"""`step(state, event, now_ms)`: the one door into the head's core. Total: it never raises.
+"""`step(state, event, now_ms)`: the one door into the head's core. Total: only a bug of ours raises, and leaves no trace.
 
 An event goes to the handler of its type (one module per resource registers its own below). Afterwards
 everything that changed is reconciled until nothing changes: copies and replicas turn into commands, services into
@@ -51,6 +51,9 @@ def step(state: State, event: Event, now_ms: int) -> Turn:
         turn.rollback()
         if isinstance(event, RequestEvent):
             turn.refuse(event, error)
+    except Exception:
+        turn.rollback()  # a bug of ours: the shell logs it and answers `internal`; the state stays whole
+        raise
     return turn
 
 
