@@ -1,4 +1,4 @@
-"""`step(state, event, now_ms)`: the one door into the head's core. Total: only a bug of ours raises, and leaves no trace.
+"""`step(state, event, now_ms)`: the one door into the head's core. Total: only a bug of ours raises.
 
 An event goes to the handler of its type (one module per resource registers its own below). Afterwards
 everything that changed is reconciled until nothing changes: copies and replicas turn into commands, services into
