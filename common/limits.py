@@ -16,10 +16,13 @@ METADATA_BYTES = 65_536
 SOURCES_PER_MODEL = 16
 MANIFEST_FILES = 4_096
 MANIFEST_PATH_CHARS = 512
+SOURCE_CHARS = 2_048
+PINS_PER_COPY = 64
 MODELS = 100_000
 SERVICES = 10_000
 REPLICAS_PER_SERVICE = 256
 KEYS = 10_000
+KEY_KEPT_MS = 7 * 86_400_000  # ended keys stay listed for so long
 
 # jobs
 STEPS_PER_JOB = 1_000
@@ -58,6 +61,11 @@ LEASE_INTERVALS = 3  # lease = 3 x interval
 SETTLE_MS = 60_000  # after a head start no node is judged lost before this
 COMMAND_REPEAT_MS = 10_000
 LOST_FRACTION_FREEZE = 0.55  # this share of nodes gone together freezes replacement
+LOST_WINDOW_MS = 60_000  # losses this near to each other count as one event
+LOST_PER_TICK = 1_000  # nodes judged lost in one turn; the rest follow a second later
+FLAP_WINDOW_MS = 600_000  # a superseded agent process that returns within this is a second machine of one node id
+FLAPS_ALARM = 2
+NODES = 50_000
 LOOP_STALL_MS = 1_000  # a longer stall of our own loop extends every lease by it
 TICK_MS = 1_000
 
@@ -78,6 +86,9 @@ SOURCE_CONNECT_TIMEOUT_S = 10.0
 SOURCE_READ_TIMEOUT_S = 60.0
 CHUNK_STRIKES = 3  # bad chunks from one source before it is left alone for that blob
 MOVER_CONNECTIONS = 64
+READERS_PER_SERVING_NODE = 4  # fetches that may read from one node at the same time
+PEERS_PER_FETCH = 2
+ORIGIN_READERS_PER_MODEL = 2  # fetches of one model from its registered sources at the same time
 
 # engines
 LOG_BYTES_PER_REPLICA = 16_777_216
@@ -88,3 +99,29 @@ REPLICA_BACKOFF_BASE_MS = 1_000
 REPLICA_BACKOFF_CAP_MS = 300_000
 PROBE_TIMEOUT_S = 5.0
 PORT_RANGE = (20_000, 29_999)
+REPLICA_STABLE_MS = 600_000  # ready for so long: earlier restarts are forgiven
+REPLICA_KILL_REPEAT_MS = 2_000  # SIGKILL and the sweep are repeated until nothing is left
+REPLICA_START_PROBE_MS = 250  # how often a starting engine is asked
+CANARY_EVERY_PROBES = 6  # a ready engine generates one token at every so-manieth probe
+
+# the agent's own
+REPORT_SPACING_MS = 200  # status changes are gathered for so long before a report is sent
+PROGRESS_SPACING_MS = 500  # per copy
+RESULT_REPEAT_MS = 10_000  # a result that was not acknowledged is said again
+OUTCOMES_KEPT = 10_000  # acknowledged outcomes kept as fences against late commands
+AGENT_QUEUE_EVENTS = 10_000
+COPIES_PER_NODE = 10_000
+REPLICAS_PER_NODE = 512
+CHECKS_PER_NODE = 256
+LOG_FOLLOWERS = 64  # log requests of one node at a time
+LOG_CHUNK_BYTES = 65_536
+LOG_TAIL_LINES = 10_000
+LAST_LOG_LINES = 20
+LAST_LOG_CHARS = 500  # per line
+LEDGER_RETRY_S = 1.0  # a ledger that cannot write is tried again
+CHILD_BACKOFF_BASE_MS = 200  # restarts of mover and holder
+CHILD_BACKOFF_CAP_MS = 30_000
+CONNECT_TIMEOUT_S = 10.0
+RECONNECT_BASE_MS = 500
+RECONNECT_CAP_MS = 30_000
+RECONNECT_REFUSED_MS = 60_000  # after a refusal that only a person can mend
