@@ -192,6 +192,12 @@ class StaleGeneration(Conflict):
     code = "stale_generation"
 
 
+class StaleHead(Conflict):
+    """The agent has served a head that started later than this one."""
+
+    code = "stale_head"
+
+
 # the world does not allow it now
 class TooMany(HerderError):
     code, status, is_retryable = "too_many", 429, True

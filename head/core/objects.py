@@ -298,6 +298,7 @@ class ApiKey(Object, frozen=True):
     created_ms: int
     expires_ms: int = 0
     is_revoked: bool = False
+    revoked_ms: int = 0
 
     @property
     def key(self) -> str:

@@ -41,6 +41,11 @@ class Live:
     report_digest: int | None = None
     has_reported: bool = False  # in this session
     interval_ms: int = 0
+    opened_ms: int = 0  # when this session was welcomed
+    report_seq: int = -1  # of the last report taken in this session; an older one is stale
+    unknown_copies: tuple[wire.CopyStatus, ...] = ()  # reported, but of no registered model: listed, never touched
+    agent_ids: dict[str, int] = field(default_factory=dict)  # agent processes that said hello as this node -> when
+    flaps: int = 0  # times a superseded agent process came back: two machines use one node id
 
 
 @dataclass(slots=True)
@@ -80,6 +85,9 @@ class State:
     replicas_by_service: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
     replicas_by_node: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
     replicas_by_model: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
+    active_copies: dict[str, None] = field(default_factory=dict)  # copies on disk or dram that are not at rest
+    pinned_copies: dict[str, None] = field(default_factory=dict)
+    draining_nodes: dict[str, None] = field(default_factory=dict)  # draining and not drained yet
     live_jobs: dict[str, None] = field(default_factory=dict)  # jobs that have not ended
     waiters: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # "kind:key" -> jobs
 
@@ -93,7 +101,11 @@ class State:
     settle_until_ms: int = 0
     is_frozen: bool = False  # most nodes vanished at once: no replacement
     last_tick_ms: int = 0
-    commanded_ms: dict[str, int] = field(default_factory=dict)  # "node|op_id|generation" -> when last sent
+    commanded_ms: dict[str, int] = field(default_factory=dict)  # "node|op_id|generation" -> when, oldest first
+    offered: dict[str, tuple[str, ...]] = field(default_factory=dict)  # fetching copy -> copies it may read from
+    readers: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # serving node -> readers
+    avoided: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # copy -> nodes that lied
+    lost_ms: dict[str, int] = field(default_factory=dict)  # nodes that vanished lately -> when
 
     @property
     def cluster_id(self) -> str:
@@ -127,6 +139,7 @@ _TABLES = {
 }
 JOB_ENDED = frozenset({"completed", "failed", "cancelled"})
 STEP_ENDED = frozenset({"completed", "failed", "cancelled", "skipped"})
+COPY_AT_REST = frozenset({"ready", "failed", "asleep"})
 
 
 def apply(state: State, record: Record) -> Object | None:
@@ -160,9 +173,15 @@ def undo(state: State, record: Record, before: Object | None) -> None:
 
 def _index(state: State, thing: Object) -> None:
     match thing:
+        case Node() if thing.drain_deadline_ms and not thing.is_drained:
+            state.draining_nodes[thing.key] = None
         case Copy():
             state.copies_by_model[thing.model][thing.key] = None
             state.copies_by_node[thing.device.partition(":")[0]][thing.key] = None
+            if thing.desired == "absent" or thing.state not in COPY_AT_REST:
+                state.active_copies[thing.key] = None
+            if thing.pins:
+                state.pinned_copies[thing.key] = None
         case Replica():
             state.replicas_by_service[thing.service][thing.key] = None
             state.replicas_by_node[thing.node][thing.key] = None
@@ -178,9 +197,13 @@ def _index(state: State, thing: Object) -> None:
 
 def _unindex(state: State, thing: Object) -> None:
     match thing:
+        case Node():
+            state.draining_nodes.pop(thing.key, None)
         case Copy():
             _discard(state.copies_by_model, thing.model, thing.key)
             _discard(state.copies_by_node, thing.device.partition(":")[0], thing.key)
+            state.active_copies.pop(thing.key, None)
+            state.pinned_copies.pop(thing.key, None)
         case Replica():
             _discard(state.replicas_by_service, thing.service, thing.key)
             _discard(state.replicas_by_node, thing.node, thing.key)

@@ -7,6 +7,7 @@ after the records are durable; when the journal refuses them, it calls `rollback
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from common.errors import HerderError
@@ -20,7 +21,7 @@ from head.core.state import State, apply, undo
 class Turn:
     """What one event led to. Handlers write through `put`, `delete` and `emit` only."""
 
-    __slots__ = ("_undo", "cause", "effects", "now_ms", "records", "state", "touched")
+    __slots__ = ("_undo", "_undo_volatile", "cause", "effects", "now_ms", "records", "state", "touched")
 
     def __init__(self, state: State, now_ms: int, cause: str) -> None:
         self.state = state
@@ -30,6 +31,7 @@ class Turn:
         self.effects: list[Effect] = []
         self.touched: dict[tuple[str, str], None] = {}  # (kind, key) changed and not reconciled yet, in order
         self._undo: list[tuple[Record, Object | None]] = []
+        self._undo_volatile: list[Callable[[], None]] = []
 
     def put(self, thing: Object, what: str, *, cause: str = "", **detail: Any) -> None:
         """Records the object in its new form. `what` is in the past tense."""
@@ -55,8 +57,15 @@ class Turn:
         """Answers a request with an error."""
         self.emit(Refuse(event.request_id, error.info()))
 
+    def on_rollback(self, action: Callable[[], None]) -> None:
+        """Registers how to take back a volatile fact that holds only if this turn's effects leave (a command sent)."""
+        self._undo_volatile.append(action)
+
     def rollback(self) -> None:
         """Takes back everything; the turn's effects must not be released."""
+        for action in reversed(self._undo_volatile):
+            action()
+        self._undo_volatile.clear()
         for record, before in reversed(self._undo):
             undo(self.state, record, before)
         self._undo.clear()
