@@ -46,6 +46,19 @@ EVENT_SUBSCRIBER_QUEUE = 1_024  # a slower reader is closed and resumes from its
 IDEMPOTENCY_KEYS = 100_000
 IDEMPOTENCY_TTL_MS = 86_400_000
 IDEMPOTENCY_KEY_CHARS = 128
+YAML_BYTES = 524_288  # job files; PyYAML needs about 10 s of a thread for 1 MB
+YAML_NODES = 100_000  # after aliases are expanded, which is what a bomb multiplies
+BODY_READ_S = 30.0  # a whole control-plane body
+HEADER_READ_S = 75.0  # request line and headers, and idle keep-alive connections
+LINGER_S = 1.0  # how long the rest of a refused body is read and thrown away before the connection ends
+SUBMIT_S = 30.0  # a change on its way to the disk; after it the outcome is unknown
+STREAM_WRITE_S = 30.0  # a reader of events or logs that takes nothing for so long is closed
+KEEP_ALIVE_S = 15.0  # comment lines in quiet event streams
+AUTH_FAILURES_PER_MINUTE = 30  # per address; over it: 429
+AUTH_ADDRESSES = 10_000  # addresses remembered for that
+AUDIT_BYTES = 67_108_864  # per file of the audit log
+AUDIT_FILES = 8  # kept besides the present one
+AUDIT_QUEUE = 10_000  # lines on their way to the audit log
 
 # sessions between head and agents
 PROTOCOL = 1

@@ -480,3 +480,29 @@ class Page(Answer, frozen=True):
     items: tuple[msgspec.Raw, ...]
     next: str | None = None
     total: int = 0
+
+
+class Deleted(Answer, frozen=True):
+    """What a DELETE did: gone now, or on its way (`is_done` false: its copies are still being dropped)."""
+
+    kind: str
+    key: str
+    is_done: bool
+
+
+class About(Answer, frozen=True):
+    """What answers at the root: the head's version and where to go from here."""
+
+    name: str
+    version: str
+    api: str
+    docs: str
+    openapi: str
+    health: str
+
+
+class TargetGroup(Answer, frozen=True):
+    """One entry of Prometheus HTTP service discovery."""
+
+    targets: tuple[str, ...]
+    labels: dict[str, str]
