@@ -213,7 +213,6 @@ class Report(Message, frozen=True):
     replicas: tuple[ReplicaStatus, ...] = ()
     ops: tuple[OpStatus, ...] = ()
     digest: int = 0  # as the leases carry it while nothing changes; 0: not said
-    digest: int = 0  # of this report, as leases carry it; 0: not told, the next lease says it
 
 
 class Lease(Message, frozen=True):
