@@ -311,7 +311,10 @@ def _nvlinks(handle: Any) -> tuple[set[str], bool]:
     direct: set[str] = set()
     has_switch = False
     for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
-        state = _try(None, pynvml.nvmlDeviceGetNvLinkState, handle, link)
+        try:
+            state = _try(None, pynvml.nvmlDeviceGetNvLinkState, handle, link)
+        except pynvml.NVMLError:
+            state = None  # lost since it was described; its readings will say so
         if state is None:
             break  # the first link that is not supported ends the list
         if state:
@@ -378,7 +381,7 @@ def _processes(handle: Any) -> dict[int, int]:
         (pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3, pynvml.nvmlDeviceGetGraphicsRunningProcesses_v2),
     ):
         try:
-            processes: Any = _try(None, newest, handle)
+            processes = _try(None, newest, handle)
             if processes is None:
                 processes = _try((), older, handle)
         except pynvml.NVMLError:
@@ -398,10 +401,10 @@ def _cuda_version() -> str:
     return f"{number // 1000}.{number % 1000 // 10}" if number else ""
 
 
-def _try(default: T, function: Callable[..., Any], *arguments: Any) -> T:
+def _try(default: Any, function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's answer, or the default where it is not supported or known. Raises: NVMLError for a lost GPU."""
     try:
-        return function(*arguments)  # type: ignore[no-any-return]
+        return function(*arguments)
     except pynvml.NVMLError as error:
         if error.value in _LOST:
             raise

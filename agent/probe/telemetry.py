@@ -1,11 +1,43 @@
-"""How this machine fares. Signatures first; the body follows."""
+"""How this machine fares: a handful of small reads, cheap enough for once a second. Blocking; meant for a thread."""
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
+from agent.probe.host import ROOT, disk_free_bytes, memory_available_bytes
 from agent.probe.nvml import Nvml
 from common.wire import Telemetry
+
+
+class CpuMeter:
+    """The share of CPU time that was used since the last look, over all CPUs."""
+
+    def __init__(self, root: Path = ROOT) -> None:
+        self._stat = root / "proc/stat"
+        self._lock = threading.Lock()
+        self._last = self._read()
+
+    def share(self) -> float:
+        """0..1 since the last call; 0 when no time has passed."""
+        with self._lock:
+            before, self._last = self._last, self._read()
+            busy, total = (now - then for now, then in zip(self._last, before, strict=True))
+            return min(1.0, max(0.0, busy / total)) if total > 0 else 0.0
+
+    def _read(self) -> tuple[int, int]:
+        """(busy, all) in ticks. Source: proc(5): user nice system idle iowait irq softirq steal; guest is in user."""
+        try:
+            with self._stat.open() as file:
+                ticks = [int(text) for text in file.readline().split()[1:9]]
+        except (OSError, ValueError):
+            return 0, 0
+        total = sum(ticks)
+        return total - sum(ticks[3:5]), total
+
+
+_METER = CpuMeter()
 
 
 def read_telemetry(
@@ -15,7 +47,21 @@ def read_telemetry(
     disk_used_bytes: int = 0,
     disk_reserved_bytes: int = 0,
     dram_used_bytes: int = 0,
-    root: Path = Path("/"),
+    cpu: CpuMeter = _METER,
+    root: Path = ROOT,
 ) -> Telemetry:
-    """Readings of now, cheap enough for once a second; what the store uses is known to the mover and passed in."""
-    raise NotImplementedError
+    """Readings of now. What the store and the RAM tier hold is known to their owners and passed in."""
+    try:
+        free = disk_free_bytes(store)
+    except OSError:
+        free = 0  # a store that cannot be asked has no room
+    return Telemetry(
+        cpu=cpu.share(),
+        memory_available_bytes=memory_available_bytes(root),
+        disk_free_bytes=free,
+        disk_used_bytes=disk_used_bytes,
+        disk_reserved_bytes=disk_reserved_bytes,
+        dram_used_bytes=dram_used_bytes,
+        gpus=nvml.readings(),
+        load1=os.getloadavg()[0],
+    )
