@@ -1,0 +1,154 @@
+"""Events: everything that can happen to the agent, in the past tense. Time arrives beside the event."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from agent import holder_protocol
+from agent.mover import protocol as mover_protocol
+from common import wire
+from common.errors import ErrorInfo
+
+
+class Event(msgspec.Struct, frozen=True):
+    """Root of the events."""
+
+
+# the daemon's own
+class AgentStarted(Event, frozen=True):
+    """First event of a process, after the ledger was read.
+
+    models_dir: where the store publishes copies. lease_until_ms: end of the last lease that the process before
+    noted on this boot, 0 when unknown.
+    """
+
+    boot_id: str
+    models_dir: str
+    lease_until_ms: int = 0
+
+
+class Ticked(Event, frozen=True):
+    """The time that the last turn asked for (`State.wake_ms`) has come."""
+
+
+# the session with the head
+class SessionOpened(Event, frozen=True):
+    session_id: str
+    node_id: str
+    welcome: wire.Welcome
+
+
+class SessionClosed(Event, frozen=True):
+    session_id: str
+    reason: str
+
+
+class CommandReceived(Event, frozen=True):
+    command: wire.Command
+
+
+class ResultAcked(Event, frozen=True):
+    op_id: str
+    generation: int
+
+
+class LeaseAcked(Event, frozen=True):
+    """The head answered a lease that was sent at `sent_ms`."""
+
+    sent_ms: int
+    lease_ms: int
+    wants_report: bool = False
+
+
+# the mover
+class MoverReady(Event, frozen=True):
+    """A mover runs and has said what the store holds."""
+
+    copies: tuple[mover_protocol.HeldCopy, ...]
+
+
+class MoverMoved(Event, frozen=True):
+    moving: mover_protocol.Moving
+
+
+class MoverDone(Event, frozen=True):
+    done: mover_protocol.Done
+
+
+class MoverDied(Event, frozen=True):
+    reason: str
+
+
+# the holder of the RAM tier
+class HolderReady(Event, frozen=True):
+    """Connected to a holder that has said what it holds."""
+
+    holdings: tuple[holder_protocol.Holding, ...]
+
+
+class HolderMoved(Event, frozen=True):
+    moving: holder_protocol.Moving
+
+
+class HolderDone(Event, frozen=True):
+    done: holder_protocol.Done
+
+
+class HolderDied(Event, frozen=True):
+    reason: str
+
+
+# engines; `run` says which process of the replica is meant
+class ReplicaStarted(Event, frozen=True):
+    """The process runs: just spawned, or found again after a restart of the agent."""
+
+    replica: str
+    run: int
+    pid: int
+    start_ticks: int
+    host: str
+    port: int
+
+
+class ReplicaSpawnFailed(Event, frozen=True):
+    """No process came to be (again)."""
+
+    replica: str
+    run: int
+    error: ErrorInfo
+
+
+class ReplicaExited(Event, frozen=True):
+    """The engine ended and its whole process group was looked for and killed.
+
+    exit_code None: not known. `left`: processes that are still there after SIGKILL; `gpu_bytes_left`: memory that
+    they still hold.
+    """
+
+    replica: str
+    run: int
+    exit_code: int | None = None
+    last_log: tuple[str, ...] = ()
+    left: tuple[int, ...] = ()
+    gpu_bytes_left: int = 0
+
+
+class ReplicaProbed(Event, frozen=True):
+    """The answer to ProbeReplica; `error` None: healthy. Memory is the process group's; 0: not measured."""
+
+    replica: str
+    run: int
+    error: ErrorInfo | None = None
+    memory_bytes: int = 0
+    gpu_memory_bytes: int = 0
+
+
+class HealthChecked(Event, frozen=True):
+    """The answer to RunHealthCheck."""
+
+    op_id: str
+    generation: int
+    error: ErrorInfo | None = None
+    detail: dict[str, Any] = {}

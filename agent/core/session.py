@@ -1,0 +1,141 @@
+"""The session with the head, as the core sees it: whom it accepts, what it reports, what it says again.
+
+The agent's view of its lease counts from the moment a lease was *sent*, so it always ends before the head's view.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import msgspec
+from msgspec.structs import replace
+
+from agent.core import copies, replicas
+from agent.core.effects import AskMover, CloseSession, NoteLease
+from agent.core.events import LeaseAcked, SessionClosed, SessionOpened
+from agent.core.objects import Meta
+from agent.core.state import NEVER_MS, State
+from agent.core.turn import Turn
+from agent.mover import protocol as mover
+from common import limits, wire
+
+_encode = msgspec.json.Encoder().encode
+
+
+def opened(turn: Turn, event: SessionOpened) -> None:
+    """A head has welcomed this agent."""
+    state, welcome = turn.state, event.welcome
+    meta = state.meta
+    if meta.cluster_id and welcome.cluster_id != meta.cluster_id:
+        turn.emit(CloseSession(event.session_id, "wrong_cluster", "the head is of another cluster than this state"))
+        return
+    if welcome.head_epoch < meta.max_head_epoch:
+        turn.emit(CloseSession(event.session_id, "stale_generation", "an older head than one seen before"))
+        return
+    seen = Meta(meta.boot_id, welcome.cluster_id, welcome.head_epoch)
+    if seen != meta:
+        turn.put(seen, "head_accepted", cause=event.session_id)
+    state.session_id = event.session_id
+    state.is_confirmed = True
+    state.reported_digest = -1
+    state.results_sent_ms.clear()
+    _renew(turn, turn.now_ms + welcome.lease_ms)
+    state.ask_count += 1
+    turn.emit(
+        AskMover(mover.Configure(f"configure-{state.ask_count}", event.node_id, welcome.ticket_key, welcome.cluster_id))
+    )
+    for replica in state.replicas:
+        turn.touch("replica", replica)
+
+
+def closed(turn: Turn, event: SessionClosed) -> None:
+    """The session has ended; work goes on."""
+    if turn.state.session_id == event.session_id:
+        turn.state.session_id = ""
+        turn.state.results_sent_ms.clear()
+
+
+def lease_acked(turn: Turn, event: LeaseAcked) -> None:
+    """The head has renewed the lease."""
+    if not turn.state.session_id:
+        return
+    _renew(turn, event.sent_ms + event.lease_ms)
+    if event.wants_report:
+        turn.state.reported_digest = -1
+
+
+def _renew(turn: Turn, until_ms: int) -> None:
+    state = turn.state
+    if until_ms > state.lease_until_ms:
+        state.lease_until_ms = until_ms
+        if any(task.order.stop_after_ms for task in state.replicas.values()):
+            turn.emit(NoteLease(until_ms))
+
+
+def tell(turn: Turn) -> None:
+    """After each event: reports what changed and says again what was not acknowledged."""
+    state = turn.state
+    if state.is_changed:
+        state.digest = digest_of(report(state))
+        state.is_changed = False
+    if not state.session_id:
+        return
+    for outcome in state.outcomes.values():
+        if not outcome.is_acked:
+            last_ms = state.results_sent_ms.get(outcome.key)
+            if last_ms is None or turn.now_ms - last_ms >= limits.RESULT_REPEAT_MS:
+                turn.say(outcome.result)
+    is_spaced = turn.now_ms - state.reported_ms >= limits.REPORT_SPACING_MS
+    if state.digest != state.reported_digest and (is_spaced or state.reported_digest == -1):
+        state.report_seq += 1
+        state.reported_digest = state.digest
+        state.reported_ms = turn.now_ms
+        turn.send(replace(report(state), seq=state.report_seq, digest=state.digest))
+
+
+def wake_ms(state: State, now_ms: int) -> int:
+    """When `tell` has something to say next."""
+    if not state.session_id:
+        return NEVER_MS
+    due = NEVER_MS
+    if state.digest != state.reported_digest:
+        due = state.reported_ms + limits.REPORT_SPACING_MS
+    for outcome in state.outcomes.values():
+        if not outcome.is_acked:
+            due = min(due, state.results_sent_ms.get(outcome.key, now_ms) + limits.RESULT_REPEAT_MS)
+    return due
+
+
+def report(state: State) -> wire.Report:
+    """Everything this agent holds, in a fixed order."""
+    running = [
+        wire.OpStatus(copy.op_id, copy.generation, "running")
+        for copy in state.copies.values()
+        if copy.op_id and copy.state in copies.WORKING
+    ]
+    running += [
+        wire.OpStatus(replica.op_id, replica.generation, "running")
+        for replica in state.replicas.values()
+        if not replica.is_answered
+    ]
+    running += [wire.OpStatus(op_id, generation, "running") for op_id, generation in state.checks.items()]
+    ended = [
+        wire.OpStatus(outcome.key, outcome.result.generation, _ENDED.get(outcome.result.outcome, "failed"))
+        for outcome in state.outcomes.values()
+        if not outcome.is_acked
+    ]
+    return wire.Report(
+        0,
+        copies=tuple(copies.status(state, state.copies[key]) for key in sorted(state.copies)),
+        replicas=tuple(replicas.status(state, state.replicas[key]) for key in sorted(state.replicas)),
+        ops=tuple(sorted(running + ended, key=lambda op: (op.op_id, op.generation))),
+    )
+
+
+_ENDED = {"ok": "done", "failed": "failed", "cancelled": "cancelled"}
+
+
+def digest_of(report: wire.Report) -> int:
+    """31 bits over the report's copies and replicas without what changes all the time (bytes moved, ops); never 0."""
+    still = [replace(copy, bytes_done=0, bytes_total=0) for copy in report.copies]
+    return (zlib.crc32(_encode((still, report.replicas))) & 0x7FFFFFFF) or 1
