@@ -33,6 +33,11 @@ STEPS_RUNNING_PER_NODE = 8
 STEP_ATTEMPTS = 4
 STEP_BACKOFF_BASE_MS = 1_000
 STEP_BACKOFF_CAP_MS = 60_000
+STEP_STALL_MS = 600_000  # a step without its own timeout fails when nothing moved for so long
+STEP_BASE_MS = 1_800_000  # time without its own timeout: this, and its model's size at STEP_BYTES_PER_S
+STEP_BYTES_PER_S = 2_000_000
+STEP_STOP_MS = 300_000  # how long a cancelled step waits for its agent before it ends anyway
+JOBS_PRUNED_PER_TICK = 200
 
 # HTTP
 BODY_BYTES = 1_048_576  # control plane; a larger body is 413 before it is read
@@ -110,6 +115,14 @@ REPLICA_READY_TIMEOUT_S = 900
 REPLICA_STOP_GRACE_S = 10.0
 REPLICA_BACKOFF_BASE_MS = 1_000
 REPLICA_BACKOFF_CAP_MS = 300_000
+REPLICA_PLACEMENTS = 6  # failed placements of a replica before it stays failed
+REPLACE_STOP_AFTER_MS = 60_000  # replicas that may be replaced stop by themselves after so long without a head
+REPLACE_MARGIN_MS = 30_000  # beyond lease, stop_after and grace, before an unreachable replica is replaced
+PLACEMENT_RETRY_MS = 5_000
+PLACEMENTS_PER_TICK = 50  # services that look again for a place in one turn
+PLACEMENT_NODES_EXACT = 256  # with more nodes, those with the model and a sample of the others are compared
+CHECK_GRACE_MS = 15_000  # beyond its own timeout, before a health check that nobody answered has failed
+CHECKS_LIVE = 10_000
 PROBE_TIMEOUT_S = 5.0
 PORT_RANGE = (20_000, 29_999)
 REPLICA_STABLE_MS = 600_000  # ready for so long: earlier restarts are forgiven

@@ -172,6 +172,8 @@ class Service(Object, frozen=True):
     labels: dict[str, str] = {}
     on_unreachable: str = "keep"
     reason: str = ""  # why it is not fully placed, in words
+    api_key: str = ""  # of the engines' own door
+    error: ErrorInfo | None = None  # beside `reason`, when waiting cannot help: a person must change something
 
     @property
     def key(self) -> str:
@@ -208,6 +210,10 @@ class Replica(Object, frozen=True):
     error: ErrorInfo | None = None
     last_log: tuple[str, ...] = ()
     not_before_ms: int = 0
+    gpus: tuple[int, ...] = ()  # indices of all its GPUs; `device` names the first
+    is_exclusive: bool = False  # its GPUs are reserved whole
+    attempts: int = 0  # placements that failed since it was last ready
+    avoid: tuple[str, ...] = ()  # nodes where it failed since it was last ready
 
     @property
     def key(self) -> str:

@@ -106,6 +106,7 @@ class State:
     readers: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # serving node -> readers
     avoided: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # copy -> nodes that lied
     lost_ms: dict[str, int] = field(default_factory=dict)  # nodes that vanished lately -> when
+    due_ms: dict[str, int] = field(default_factory=dict)  # "service:name", "job:id" -> next look; absent: now
 
     @property
     def cluster_id(self) -> str:
