@@ -61,7 +61,9 @@ def is_placeable(state: State, node_id: str, now_ms: int) -> tuple[bool, str]:
     seen = node_state(state, node_id, now_ms)
     if seen == "online":
         return True, ""
-    return False, f"the node is {seen}" if seen != "unknown" else "the node has not been heard of since the head started"
+    if seen == "unknown":
+        return False, "the node has not been heard of since the head started"
+    return False, f"the node is {seen}"
 
 
 def refusal(state: State, node_id: str, now_ms: int) -> HerderError | None:
