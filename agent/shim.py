@@ -1,0 +1,250 @@
+"""The process that stays with one engine: starts it, keeps its output, and writes down how it ended.
+
+Started detached by the agent as `python -I -S shim.py SPEC.json`, it outlives the agent: an agent that is killed or
+upgraded finds its engines again through the files here. Standard library only, so that it stays small and cannot be
+broken by what the agent has installed.
+
+    spec.json   {"argv", "env", "cwd", "log_bytes"}                  written by the agent, 0600
+    pid.json    {"boot_id", "shim_pid", "shim_ticks", "pid", "ticks", "started_at"}   once the engine was executed
+    log.OFFSET  output, stdout and stderr together; OFFSET is where the segment starts in the run's whole output
+    exit.json   {"exit_code", "error", "strays", "ended_at"}         last of all; exit_code is -N for signal N
+
+The engine has its own process group. The shim is the subreaper of everything below it: whatever the engine leaves
+behind when it ends, in whatever session or group, comes back to the shim and is killed before exit.json is written.
+SIGTERM, SIGINT and SIGHUP go to the engine's group; the shim itself ends only when nothing is left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+PR_SET_CHILD_SUBREAPER = 36
+SEGMENTS = 4  # a run keeps this many log segments, each a fourth of its log size
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+READ_BYTES = 65_536
+DRAIN_S = 2.0  # how long output is still read after the last process has ended
+EXEC_FAILED = 127
+
+
+class Log:
+    """The engine's output on disk: segments named by their offset, the oldest removed. Never fails its caller."""
+
+    def __init__(self, directory: str, log_bytes: int) -> None:
+        self.directory = directory
+        self.segment_bytes = max(4096, log_bytes // SEGMENTS)
+        self.offset = 0
+        self.names: list[str] = []
+        self.descriptor = -1
+        self.room = 0
+
+    def write(self, data: bytes) -> None:
+        """Appends; a full disk loses output, not the engine."""
+        while data:
+            if self.room <= 0:
+                self._next()
+            piece, data = data[: self.room], data[self.room :]
+            self.offset += len(piece)
+            self.room -= len(piece)
+            try:
+                while piece:
+                    piece = piece[os.write(self.descriptor, piece) :]
+            except OSError:
+                self.room = 0  # what could not be written is gone; the next segment's name says so
+
+    def _next(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+        path = os.path.join(self.directory, f"log.{self.offset:015d}")
+        try:
+            self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            self.names.append(path)
+            while len(self.names) > SEGMENTS:
+                os.unlink(self.names.pop(0))
+        except OSError:
+            pass
+        self.room = self.segment_bytes
+
+
+def write_json(path: str, value: dict[str, Any]) -> None:
+    """Writes a file whole or not at all, durably."""
+    part = path + ".part"
+    with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(part, path)
+
+
+def start_ticks(pid: int) -> int:
+    """Field 22 of /proc/PID/stat: with the boot id it names a process for ever; 0 when there is none."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def start_engine(spec: dict[str, Any], output: int) -> tuple[int, str]:
+    """Forks and executes; returns the pid and the reason why it could not be executed ("" when it was)."""
+    failure_read, failure_write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setpgid(0, 0)
+            for number in (*FORWARDED, signal.SIGCHLD, signal.SIGPIPE):
+                signal.signal(number, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            null = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(null, 0)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            os.chdir(spec["cwd"])
+            os.execvpe(spec["argv"][0], spec["argv"], spec["env"])  # noqa: S606 - a list, no shell
+        except BaseException as error:  # noqa: BLE001 - nothing may return into the parent's code from here
+            os.write(failure_write, f"{spec['argv'][0]}: {error}".encode()[:500])
+        finally:
+            os._exit(EXEC_FAILED)
+    os.close(failure_write)
+    try:
+        os.setpgid(pid, pid)  # also here: whoever signals the group next must find it
+    except OSError:
+        pass  # it has executed already, and did it itself
+    reason = b""
+    while piece := os.read(failure_read, 500):
+        reason += piece
+    os.close(failure_read)
+    return pid, reason.decode(errors="replace")
+
+
+def children() -> list[int]:
+    """Direct children of this process."""
+    me = os.getpid()
+    try:
+        with open(f"/proc/self/task/{me}/children") as file:
+            return [int(word) for word in file.read().split()]
+    except OSError:
+        return [int(name) for name in os.listdir("/proc") if name.isdigit() and parent(name) == me]
+
+
+def parent(name: str) -> int:
+    """Parent of a process, 0 when it is gone."""
+    try:
+        with open(f"/proc/{name}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+class Shim:
+    """One engine's company from start to end."""
+
+    def __init__(self, directory: str, spec: dict[str, Any]) -> None:
+        self.directory = directory
+        self.spec = spec
+        self.log = Log(directory, int(spec["log_bytes"]))
+        self.pid = 0
+        self.status: int | None = None
+        self.strays = 0
+
+    def run(self) -> None:
+        """Stays until nothing of the engine is left."""
+        wake_read, wake_write = os.pipe()
+        os.set_blocking(wake_read, False)
+        os.set_blocking(wake_write, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for number in FORWARDED:
+            signal.signal(number, self.forward)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        output_read, output_write = os.pipe()
+        self.pid, reason = start_engine(self.spec, output_write)
+        os.close(output_write)
+        if not reason:
+            write_json(os.path.join(self.directory, "pid.json"), self.identity())
+        poll = select.poll()
+        poll.register(wake_read, select.POLLIN)
+        poll.register(output_read, select.POLLIN)
+        is_open = True
+        drained_by = 0.0  # set once the engine has ended
+        while self.reap() or drained_by == 0.0 or (is_open and time.monotonic() < drained_by):
+            if self.status is not None and drained_by == 0.0:
+                drained_by = time.monotonic() + DRAIN_S
+            for descriptor, _ in poll.poll(1000 if drained_by == 0.0 else 50):
+                data = os.read(descriptor, READ_BYTES)
+                if descriptor == wake_read:
+                    continue
+                self.log.write(data)
+                if not data:  # nobody can write any more
+                    poll.unregister(output_read)
+                    is_open = False
+        self.finish(reason)
+
+    def forward(self, number: int, frame: FrameType | None) -> None:
+        """Passes a signal on to the engine's group."""
+        if self.pid and self.status is None:
+            try:
+                os.killpg(self.pid, number)
+            except OSError:
+                pass  # it is ending
+
+    def reap(self) -> bool:
+        """Collects what has ended, kills what the engine left behind; False when nothing is left."""
+        try:
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    break
+                if pid == self.pid:
+                    self.status = os.waitstatus_to_exitcode(status)
+        except ChildProcessError:
+            return False
+        if self.status is not None:
+            for child in children():
+                try:
+                    os.kill(child, signal.SIGKILL)
+                    self.strays += 1
+                except OSError:
+                    pass  # ended between the look and the kill
+        return True
+
+    def identity(self) -> dict[str, Any]:
+        """What the next agent needs to know that this is still the same process."""
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot_id = file.read().strip()
+        me = os.getpid()
+        return {
+            "boot_id": boot_id,
+            "shim_pid": me,
+            "shim_ticks": start_ticks(me),
+            "pid": self.pid,
+            "ticks": start_ticks(self.pid),
+            "started_at": time.time(),
+        }
+
+    def finish(self, reason: str) -> None:
+        """Writes how it ended."""
+        end = {"exit_code": self.status, "error": reason, "strays": self.strays, "ended_at": time.time()}
+        write_json(os.path.join(self.directory, "exit.json"), end)
+
+
+def main() -> None:
+    """Runs the shim of the spec that the command line names."""
+    path = os.path.abspath(sys.argv[1])
+    with open(path) as file:
+        spec = json.load(file)
+    os.umask(0o077)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    Shim(os.path.dirname(path), spec).run()
+
+
+if __name__ == "__main__":
+    main()
