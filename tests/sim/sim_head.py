@@ -1,0 +1,238 @@
+"""A head in the simulator: the real core and the real pipeline over a journal in memory that survives crashes.
+
+Only clock, disk and network are replaced. A crash can fall between any two of: decide, append, fsync, apply,
+release; what was not committed is gone, and effects that were not released never leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from common import errors, wire
+from common.recipe import Recipe
+from head.core import events as ev
+from head.core.effects import CloseSession, Effect, Refuse, Reply, Send
+from head.core.events import Event
+from head.core.invariants import check_invariants
+from head.core.objects import KINDS
+from head.core.state import State, restore
+from head.core.step import step
+from head.journal import Row
+from head.pipeline import Pipeline
+from tests.sim.world import World
+
+BASE_MS = 1_700_000_000_000
+Deliver = Callable[[str, wire.Message], None]
+
+
+class MemoryJournal:
+    """What a disk would hold: the newest object of each key, and the history."""
+
+    def __init__(self) -> None:
+        self.objects: dict[tuple[str, str], bytes] = {}
+        self.revision = 0
+        self.history: list[Row] = []
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """One commit: all of it or nothing."""
+        for row in rows:
+            assert row.revision > self.revision, f"revision {row.revision} after {self.revision}"
+            self.revision = row.revision
+            if row.body is None:
+                self.objects.pop((row.kind, row.key), None)
+            else:
+                self.objects[(row.kind, row.key)] = row.body
+            self.history.append(row)
+
+    def load(self) -> State:
+        """The state as a restarted head reads it."""
+        state = State()
+        for (kind, _), body in self.objects.items():
+            restore(state, msgspec.json.decode(body, type=KINDS[kind]))
+        state.revision = self.revision
+        return state
+
+
+class SimHead:
+    """One head. `sessions` maps session ids to what delivers a message to that agent."""
+
+    def __init__(self, world: World, recipes: dict[str, Recipe]) -> None:
+        self.world = world
+        self.recipes = recipes
+        self.journal = MemoryJournal()
+        self.sessions: dict[str, tuple[str, Deliver, Callable[[], None]]] = {}
+        self.answers: dict[str, Effect] = {}
+        self.is_up = False
+        self.life = 0
+        self.stalled_until_ms = 0
+        self.disk_full_until_ms = 0
+        self.bugs: list[Exception] = []
+        self.starts = 0
+        self._waiting: list[Event] = []
+        self.pipeline = Pipeline(State(), step)
+
+    @property
+    def state(self) -> State:
+        """The live state."""
+        return self.pipeline.state
+
+    @property
+    def now_ms(self) -> int:
+        """The head's Herder time."""
+        return BASE_MS + self.world.now_ms
+
+    def start(self) -> None:
+        """A new process on the journal."""
+        assert not self.is_up
+        self.life += 1
+        self.starts += 1
+        self.is_up = True
+        self.stalled_until_ms = 0
+        self.pipeline = Pipeline(self.journal.load(), step)
+        self._waiting = []
+        self.world.note(f"head starts (life {self.life}, revision {self.journal.revision})")
+        self.take(ev.HeadStarted("sim-cluster", bytes([self.life % 256]) * 32, self.recipes))
+        self._later(1000, "tick", self._tick)
+
+    def crash(self) -> None:
+        """kill -9: everything that is not in the journal is gone."""
+        self.world.note("head crashes")
+        self.is_up = False
+        self.life += 1
+        sessions, self.sessions = self.sessions, {}
+        for _, _, close in sessions.values():
+            close()
+
+    def stall(self, length_ms: int) -> None:
+        """SIGSTOP for a while: events pile up."""
+        self.world.note(f"head stalls for {length_ms} ms")
+        self.stalled_until_ms = self.world.now_ms + length_ms
+
+    def take(self, event: Event) -> None:
+        """Something happened to the head."""
+        if not self.is_up:
+            return
+        if self.world.now_ms < self.stalled_until_ms:
+            self._waiting.append(event)
+            if len(self._waiting) == 1:
+                self._later(self.stalled_until_ms - self.world.now_ms, "wake", self._wake)
+            return
+        released = self.pipeline.take(event, self.now_ms)
+        if released.bug is not None:
+            self.bugs.append(released.bug)
+            raise released.bug
+        check_invariants(self.state)
+        self._release(released.effects)
+        self._commit()
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for event in waiting:
+            self.take(event)
+
+    def _tick(self) -> None:
+        now = self.world.now_ms
+        stall_ms = 0
+        if now < self.stalled_until_ms:
+            stall_ms = self.stalled_until_ms - now
+            self._later(stall_ms, "tick", lambda: self._ticked(stall_ms))
+            return
+        self._ticked(0)
+
+    def _ticked(self, stall_ms: int) -> None:
+        self.take(ev.Ticked(stall_ms))
+        if self.pipeline.problem is not None and self.world.now_ms >= self.disk_full_until_ms:
+            self.world.note("head's disk has room again")
+            for event in self.pipeline.recovered():
+                self.take(event)
+        self._later(1000, "tick", self._tick)
+
+    def _commit(self) -> None:
+        rows = self.pipeline.seal()
+        if rows is None:
+            return
+        if not rows:
+            self._release(self.pipeline.committed().effects)
+            return
+        self._later(self.world.rng.randint(1, 6), "fsync", lambda: self._synced(rows))
+
+    def _synced(self, rows: list[Row]) -> None:
+        if self.world.now_ms < self.disk_full_until_ms:
+            released = self.pipeline.refused(errors.StateReadOnly("the disk is full"))
+        else:
+            self.journal.append(rows)
+            if self.world.chance(self.world.faults.head_crash_per_s / 50):
+                self.world.note("head crashes between fsync and release")
+                self.crash()
+                self.world.after(self.world.rng.randint(500, 4000), "head", self.start)
+                return
+            released = self.pipeline.committed()
+        self._release(released.effects)
+        for event in released.retaken:
+            self.take(event)
+        check_invariants(self.state)
+        self._commit()
+
+    def _release(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Reply() | Refuse():
+                    assert effect.request_id not in self.answers, f"answered twice: {effect}"
+                    self.answers[effect.request_id] = effect
+                case Send():
+                    session = self.sessions.get(effect.session_id)
+                    if session is not None:
+                        session[1](effect.session_id, effect.message)
+                case CloseSession():
+                    closing = self.sessions.pop(effect.session_id, None)
+                    if closing is not None:
+                        closing[2]()
+                        self.take(ev.SessionClosed(closing[0], effect.session_id, "closed by us"))
+                case _:
+                    self.world.note(f"head effect {effect}")
+
+    def _later(self, delay_ms: int, name: str, action: Callable[[], None]) -> None:
+        life = self.life
+
+        def guarded() -> None:
+            if self.is_up and self.life == life:
+                action()
+
+        self.world.after(delay_ms, f"head {name}", guarded)
+
+    # the network's side
+    def accept(self, session_id: str, node: str, deliver: Deliver, close: Callable[[], None]) -> None:
+        """A websocket was opened."""
+        self.sessions[session_id] = (node, deliver, close)
+
+    def hung_up(self, session_id: str) -> None:
+        """The other side is gone and the kernel knows it."""
+        session = self.sessions.pop(session_id, None)
+        if session is not None:
+            self.take(ev.SessionClosed(session[0], session_id, "closed"))
+
+    def receive(self, session_id: str, message: wire.Message) -> None:
+        """A frame arrived."""
+        session = self.sessions.get(session_id)
+        if session is None or not self.is_up:
+            return
+        node = session[0]
+        match message:
+            case wire.Hello():
+                self.take(ev.AgentSaidHello(session_id, message, "127.0.0.1"))
+            case wire.Report():
+                self.take(ev.AgentReported(node, session_id, message))
+            case wire.Lease():
+                self.take(ev.LeaseRenewed(node, session_id, message))
+            case wire.Telemetry():
+                self.take(ev.TelemetryReceived(node, session_id, message))
+            case wire.Progress():
+                self.take(ev.ProgressReceived(node, session_id, message))
+            case wire.Result():
+                self.take(ev.ResultReceived(node, session_id, message))
+            case wire.Leaving():
+                self.take(ev.AgentLeaving(node, session_id, message))
+            case _:
+                raise AssertionError(f"unexpected frame {message}")
