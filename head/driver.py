@@ -127,8 +127,7 @@ class Driver:
         self._is_stopping = True
         try:
             async with asyncio.timeout(timeout_s):
-                while self._queue or not self._pipeline.is_settled:  # noqa: ASYNC110 - once, at the end
-                    await asyncio.sleep(0.005)
+                await self.settled()
         except TimeoutError:
             log.error("stopped with changes undecided", extra=fields(events=len(self._queue)))
         for future in self._requests.values():
@@ -185,6 +184,11 @@ class Driver:
                 await future
         except TimeoutError:
             raise TimedOut("the journal is too slow to say what is durable", hint="look at the head's disk") from None
+
+    async def settled(self) -> None:
+        """Waits until nothing waits: for the start and the end."""
+        while self._queue or not self._pipeline.is_settled:  # noqa: ASYNC110 - no event marks a pause in a stream
+            await asyncio.sleep(0.002)
 
     async def story(
         self, id: str, *, kind: str = "", before: int = 0, limit: int = limits.PAGE_ITEMS
