@@ -46,6 +46,7 @@ class Live:
     unknown_copies: tuple[wire.CopyStatus, ...] = ()  # reported, but of no registered model: listed, never touched
     agent_ids: dict[str, int] = field(default_factory=dict)  # agent processes that said hello as this node -> when
     flaps: int = 0  # times a superseded agent process came back: two machines use one node id
+    flapped_ms: int = 0  # when it last did
 
 
 @dataclass(slots=True)
@@ -106,6 +107,8 @@ class State:
     readers: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # serving node -> readers
     avoided: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # copy -> nodes that lied
     lost_ms: dict[str, int] = field(default_factory=dict)  # nodes that vanished lately -> when
+    measured: dict[str, tuple[int, int]] = field(default_factory=dict)  # replica -> resident and GPU bytes, as reported
+    unwell: dict[str, int] = field(default_factory=dict)  # replica -> generation that failed a direct probe
     due_ms: dict[str, int] = field(default_factory=dict)  # "service:name", "job:id" -> next look; absent: now
 
     @property
