@@ -38,9 +38,7 @@ def is_due(turn: Turn, node: str, op: str, generation: int, *, force: bool = Fal
     if live is None:
         return False
     sent_ms = turn.state.commanded_ms.get(_sent_key(node, op, generation))
-    return (
-        force or sent_ms is None or sent_ms < live.opened_ms or turn.now_ms - sent_ms >= limits.COMMAND_REPEAT_MS
-    )
+    return force or sent_ms is None or sent_ms < live.opened_ms or turn.now_ms - sent_ms >= limits.COMMAND_REPEAT_MS
 
 
 def was_sent(state: State, node: str, op: str, generation: int) -> bool:

@@ -86,6 +86,11 @@ def release(state: State, key: str) -> None:
                 del state.readers[node]
 
 
+def forget_node(state: State, node_id: str) -> None:
+    """Nobody reads from a node that is gone."""
+    state.readers.pop(node_id, None)
+
+
 def origin_readers(state: State, copy: Copy) -> int:
     """How many other copies of the same model and revision read from its registered sources now."""
     return sum(

@@ -44,9 +44,7 @@ def replayed(turn: Turn, event: RequestEvent) -> bool:
 def remember(turn: Turn, event: RequestEvent, reference: str) -> None:
     """Keeps what the request made ("kind:key") for repeats; without a key there is nothing to keep."""
     if event.idempotency_key:
-        kept = Idempotent(
-            id=_id(event), request_sha256=event.request_sha256, at_ms=turn.now_ms, reference=reference
-        )
+        kept = Idempotent(id=_id(event), request_sha256=event.request_sha256, at_ms=turn.now_ms, reference=reference)
         turn.put(kept, "request_remembered")
 
 

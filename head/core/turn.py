@@ -57,21 +57,43 @@ class Turn:
         """Answers a request with an error."""
         self.emit(Refuse(event.request_id, error.info()))
 
+    def attempt(self, action: Callable[[], object]) -> HerderError | None:
+        """Runs a part of the turn that may be refused: a HerderError takes back that part only, and is returned."""
+        done, records, effects, volatile = (
+            len(self._undo),
+            len(self.records),
+            len(self.effects),
+            len(self._undo_volatile),
+        )
+        touched = dict(self.touched)
+        try:
+            action()
+        except HerderError as error:
+            self._take_back(done, volatile)
+            del self.records[records:]
+            del self.effects[effects:]
+            self.touched = touched
+            return error
+        return None
+
     def on_rollback(self, action: Callable[[], None]) -> None:
         """Registers how to take back a volatile fact that holds only if this turn's effects leave (a command sent)."""
         self._undo_volatile.append(action)
 
     def rollback(self) -> None:
         """Takes back everything; the turn's effects must not be released."""
-        for action in reversed(self._undo_volatile):
-            action()
-        self._undo_volatile.clear()
-        for record, before in reversed(self._undo):
-            undo(self.state, record, before)
-        self._undo.clear()
+        self._take_back(0, 0)
         self.records.clear()
         self.effects.clear()
         self.touched.clear()
+
+    def _take_back(self, done: int, volatile: int) -> None:
+        for action in reversed(self._undo_volatile[volatile:]):
+            action()
+        del self._undo_volatile[volatile:]
+        for record, before in reversed(self._undo[done:]):
+            undo(self.state, record, before)
+        del self._undo[done:]
 
     def next_generation(self) -> int:
         """A fencing number: the revision of the record that will carry it. Grows for ever."""
