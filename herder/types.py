@@ -123,6 +123,7 @@ class ModelView(Answer, frozen=True):
     copies: tuple[CopyView, ...]
     created_ms: int
     updated_ms: int
+    is_deleting: bool = False  # its copies are being dropped; gone when the last one is
 
 
 class ManifestFileView(Answer, frozen=True):

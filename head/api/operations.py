@@ -1,0 +1,153 @@
+"""/download, /move, /copy, /serve, /delete, /health_check, /stop: one call, one job of one step.
+
+The paths and fields of the model store that Herder replaces keep their names.
+"""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from common.errors import InvalidValue
+from head.api import jobs
+from head.api.call import Call
+from head.api.routes import MODEL, PREFIX, Handler, Route, WaitQuery
+from herder import types as api
+
+TAG = "operations"
+
+
+async def _one_step(call: Call, step: api.JobAction, about: str) -> web.StreamResponse:
+    name = f"{step.action_type} {about}".strip()[:128]
+    return await jobs.run(call, api.CreateJob(name=name, actions=(step,)))
+
+
+async def download(call: Call) -> web.StreamResponse:
+    body = call.body(api.Download)
+    step = api.JobAction(
+        action_id="download",
+        action_type="download",
+        model_name=body.model_name,
+        source_url=body.source_url,
+        devices=(body.target_device,),
+    )
+    return await _one_step(call, step, body.model_name)
+
+
+async def move(call: Call) -> web.StreamResponse:
+    body = call.body(api.Move)
+    step = api.JobAction(
+        action_id="move",
+        action_type="move",
+        model_name=body.model_name,
+        from_=body.source_device,
+        to=body.target_device,
+        keep_source=body.keep_source,
+    )
+    return await _one_step(call, step, body.model_name)
+
+
+async def copy(call: Call) -> web.StreamResponse:
+    body = call.body(api.Copy)
+    step = api.JobAction(
+        action_id="copy",
+        action_type="copy",
+        model_name=body.model_name,
+        from_=body.source_device,
+        to=body.target_device,
+    )
+    return await _one_step(call, step, body.model_name)
+
+
+async def serve(call: Call) -> web.StreamResponse:
+    body = call.body(api.Serve)
+    step = api.JobAction(
+        action_id="serve",
+        action_type="serve",
+        model_name=body.model_name,
+        device=body.device,
+        port=body.port,
+        config=body.config,
+    )
+    return await _one_step(call, step, body.model_name)
+
+
+async def delete(call: Call) -> web.StreamResponse:
+    body = call.body(api.DeleteCopy)
+    step = api.JobAction(
+        action_id="delete",
+        action_type="delete",
+        model_name=body.model_name,
+        device=body.device,
+        force=body.force,
+    )
+    return await _one_step(call, step, body.model_name)
+
+
+async def health_check(call: Call) -> web.StreamResponse:
+    body = call.body(api.HealthCheck)
+    if not body.target_url and not (body.model_name and body.device):
+        raise InvalidValue("nothing to check", hint="give model_name and device, or target_url")
+    step = api.JobAction(
+        action_id="health_check",
+        action_type="health_check",
+        model_name=body.model_name,
+        device=body.device,
+        target_url=body.target_url,
+        config={"timeout_s": body.timeout_s},
+        retries=0,
+    )
+    return await _one_step(call, step, body.model_name or body.target_url or "")
+
+
+async def stop(call: Call) -> web.StreamResponse:
+    body = call.body(api.StopServe)
+    return await _stop(call, body.model_name, body.device)
+
+
+async def stop_by_path(call: Call) -> web.StreamResponse:
+    return await _stop(call, call.path("model"), call.path("device"))
+
+
+async def _stop(call: Call, model: str, device: str) -> web.StreamResponse:
+    step = api.JobAction(action_id="stop_serve", action_type="stop_serve", model_name=model, device=device)
+    return await _one_step(call, step, model)
+
+
+_CODES = ("model_not_found", "node_not_found", "device_not_found", "invalid_device", "invalid_name", "too_many")
+
+
+def _route(
+    path: str, handler: Handler, summary: str, body: type[api.Request] | None, *codes: str, more: str = ""
+) -> Route:
+    return Route(
+        "POST",
+        f"{PREFIX}{path}",
+        handler,
+        "operator",
+        TAG,
+        summary,
+        api.JobView,
+        body=body,
+        query=WaitQuery,
+        status=202,
+        codes=(*_CODES, *codes),
+        description=f"{more} Makes a job of one step; answers 200 when it ended within `wait`.".strip(),
+    )
+
+
+ROUTES = (
+    _route("/download", download, "Fetch a model to a device", api.Download, "invalid_source"),
+    _route("/move", move, "Move a copy to another device", api.Move, "copy_not_found", "last_copy"),
+    _route("/copy", copy, "Copy to another device", api.Copy, "copy_not_found"),
+    _route("/serve", serve, "Run an engine for a model on a device", api.Serve, "invalid_recipe"),
+    _route("/delete", delete, "Remove a copy", api.DeleteCopy, "copy_not_found", "in_use", "last_copy"),
+    _route("/health_check", health_check, "Ask an engine or a URL whether it is healthy", api.HealthCheck),
+    _route("/stop", stop, "Stop the engine of a model on a device", api.StopServe, "service_not_found"),
+    _route(
+        f"/stop/{{model:{MODEL}}}/{{device}}",
+        stop_by_path,
+        "Stop the engine of a model on a device",
+        None,
+        "service_not_found",
+    ),
+)
