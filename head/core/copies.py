@@ -26,7 +26,7 @@ from common.errors import (
     TooMany,
     from_info,
 )
-from head.core import admission, commands, copy_sources, eviction, node_facts, services, source_urls
+from head.core import admission, commands, copy_sources, eviction, node_facts, replica_facts, source_urls
 from head.core.admission import device_exists, free_bytes
 from head.core.copy_changes import fail, lose, op_of, rebalance, send_ensure, wake
 from head.core.copy_facts import (
@@ -136,7 +136,7 @@ def unwant(turn: Turn, key: str, *, cause: str, force: bool = False) -> Copy | N
     if copy.desired == "absent":
         turn.touch("copy", key)
         return copy
-    if services.uses_copy(state, key):
+    if replica_facts.uses_copy(state, key):
         raise InUse(f"an engine uses {key}", hint="stop serving the model on this node first", copy=key)
     if is_backing(state, copy):
         raise InUse(f"the copy in RAM on {node_of(copy)} stands on {key}", hint="delete the dram copy first", copy=key)
@@ -158,7 +158,7 @@ def cancel(turn: Turn, key: str, cause: str) -> None:
     _absent(turn, copy, "copy_cancelled", cause)
     below = backing_of(turn.state, copy) if storage_of(copy) == "dram" else None
     if below is not None and below.cause == copy.cause and below.desired == "present" and below.state != "ready":
-        is_kept = bool(below.pins) or services.uses_copy(turn.state, below.key)
+        is_kept = bool(below.pins) or replica_facts.uses_copy(turn.state, below.key)
         if not is_kept:  # it was fetched only for the copy in RAM
             _absent(turn, below, "copy_cancelled", cause)
 

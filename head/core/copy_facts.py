@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from common.manifest import Manifest
-from head.core import node_facts, services
+from head.core import node_facts, replica_facts
 from head.core.objects import Copy, copy_key
 from head.core.state import State
 from head.core.turn import Turn
@@ -87,7 +87,7 @@ def readers_of(state: State, copy: Copy) -> list[str]:
 
 def is_wanted(state: State, copy: Copy) -> bool:
     """Whether something durable needs this copy: a pin, a replica, or a dram copy on it."""
-    return bool(copy.pins) or is_backing(state, copy) or services.uses_copy(state, copy.key)
+    return bool(copy.pins) or is_backing(state, copy) or replica_facts.uses_copy(state, copy.key)
 
 
 def survivors(state: State, copy: Copy, now_ms: int) -> list[Copy]:

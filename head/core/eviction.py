@@ -12,7 +12,7 @@ import msgspec
 
 from common import ids
 from common.errors import DiskFull, HerderError, MemoryFull
-from head.core import admission, services
+from head.core import admission, replica_facts
 from head.core.copy_facts import (
     has_source,
     is_backing,
@@ -54,7 +54,7 @@ def blocker(state: State, copy: Copy, now_ms: int) -> str:
         return f"it is {copy.state}"
     if copy.pins:
         return f"pinned by {', '.join(pin.name for pin in copy.pins)}"
-    if services.uses_copy(state, copy.key):
+    if replica_facts.uses_copy(state, copy.key):
         return "an engine uses it"
     if is_backing(state, copy):
         return "a copy in RAM stands on it"

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from common import ids, limits
 from common.errors import AlreadyExists, Conflict, InvalidDevice, ModelNotFound, ServiceNotFound, TooMany
 from common.recipe import Recipe
-from head.core import admission, replicas, service_specs
+from head.core import admission, replica_facts, replicas, service_specs
 from head.core.objects import Model, Replica, Service
 from head.core.state import State
 from head.core.turn import Turn
@@ -156,7 +156,7 @@ def stop_on_device(turn: Turn, replica: Replica, *, cause: str) -> str:
 
 def _revive(turn: Turn, service: Service) -> None:
     """Failed replicas of a service that somebody starts again get a new chance."""
-    for replica in replicas.of_service(turn.state, service.name):
+    for replica in replica_facts.of_service(turn.state, service.name):
         if replica.desired == "running" and replica.state == "failed" and replica.spec_hash == service.spec_hash:
             turn.put(_anew(turn, replica), "replica_revived")
 

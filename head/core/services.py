@@ -25,7 +25,7 @@ from common.errors import (
     RecipeNotFound,
 )
 from common.recipe import Recipe
-from head.core import copies, idempotency, node_facts, placement, replicas, service_orders, service_specs
+from head.core import copies, idempotency, node_facts, placement, replica_facts, replicas, service_orders, service_specs
 from head.core.events import (
     CreateServiceRequested,
     DeleteServiceRequested,
@@ -35,7 +35,8 @@ from head.core.events import (
     ReplicaProbed,
 )
 from head.core.objects import Replica, Service, copy_key
-from head.core.replicas import observe, on_node_rebooted, on_progress, on_result, reconcile_replica, uses_copy
+from head.core.replica_facts import uses_copy
+from head.core.replicas import observe, on_node_rebooted, on_progress, on_result, reconcile_replica
 from head.core.service_orders import start, stop, stop_on_device
 from head.core.state import State
 from head.core.turn import Turn
@@ -166,7 +167,7 @@ def reconcile_service(turn: Turn, key: str) -> None:
 
 def _wind_down(turn: Turn, service: Service) -> None:
     _forget_gone(turn, service)
-    for replica in replicas.of_service(turn.state, service.name):
+    for replica in replica_facts.of_service(turn.state, service.name):
         replicas.stop(turn, replica, "replica_unwanted")
     if not turn.state.replicas_by_service.get(service.name):
         turn.delete("service", service.name, "service_deleted")
@@ -216,7 +217,7 @@ def _learn_format(turn: Turn, service: Service) -> tuple[str, ErrorInfo | None]:
 
 def _replace_old(turn: Turn, service: Service) -> None:
     """Replicas of an older spec go one by one, the next when the one before is there again."""
-    held = replicas.of_service(turn.state, service.name)
+    held = replica_facts.of_service(turn.state, service.name)
     old = [replica for replica in held if replica.spec_hash != service.spec_hash and replica.desired == "running"]
     is_busy = any(
         replica.desired == "stopped" or (replica.spec_hash == service.spec_hash and replica.state != "ready")
@@ -230,7 +231,7 @@ def _replace_old(turn: Turn, service: Service) -> None:
 
 def _forget_gone(turn: Turn, service: Service) -> None:
     """Replicas on nodes that were removed, or that left and whose time is over, are gone with them."""
-    for replica in replicas.of_service(turn.state, service.name):
+    for replica in replica_facts.of_service(turn.state, service.name):
         node = turn.state.nodes.get(replica.node)
         gone_ms = 0
         if node is not None:
@@ -242,7 +243,9 @@ def _forget_gone(turn: Turn, service: Service) -> None:
 
 def _fill(turn: Turn, service: Service, recipe: Recipe) -> str:
     """Stops what is too much, places what is missing; returns why it could not, in words."""
-    running = [replica for replica in replicas.of_service(turn.state, service.name) if replica.desired == "running"]
+    running = [
+        replica for replica in replica_facts.of_service(turn.state, service.name) if replica.desired == "running"
+    ]
     leaving = [replica for replica in running if _is_leaving(turn.state, replica)]
     staying = [replica for replica in running if replica not in leaving]
     for replica in _surplus(staying, service.replicas):
@@ -284,7 +287,7 @@ def _is_leaving(state: State, replica: Replica) -> bool:
 
 def _place_new(turn: Turn, service: Service, recipe: Recipe) -> Replica:
     """Places one more replica in the lowest free slot. Raises: NothingFits."""
-    taken = {replica.slot for replica in replicas.of_service(turn.state, service.name)}
+    taken = {replica.slot for replica in replica_facts.of_service(turn.state, service.name)}
     slot = next(number for number in range(len(taken) + 1) if number not in taken)
     name = f"{service.name}-{slot}"
     need = placement.need_of(turn.state, service, name, recipe, *service_specs.declared_bytes(recipe, service))
@@ -391,7 +394,7 @@ def _move(turn: Turn, service: Service, recipe: Recipe, replica: Replica, why: s
 def _schedule(turn: Turn, service: Service) -> None:
     """When to look again without being asked: soon while something is missing, at a deadline, else never."""
     state = turn.state
-    held = replicas.of_service(state, service.name)
+    held = replica_facts.of_service(state, service.name)
     is_settled = not service.reason and all(replica.state in ("ready", "failed") for replica in held)
     is_moving = any(replica.node in state.nodes and _is_leaving(state, replica) for replica in held)
     _set_due(turn, service.name, NEVER_MS if is_settled and not is_moving else turn.now_ms + limits.PLACEMENT_RETRY_MS)
