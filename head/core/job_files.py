@@ -1,8 +1,10 @@
 """Job files: both dialects become one list of steps, or are refused with the step and the field that is wrong.
 
 In order: `action/model/source/from/to/target/device/port`; each action depends on the one before. As a graph:
-`action_id/action_type/model_name/devices/source_url/dependencies`. One file speaks one dialect. In a graph an action
-with several target devices becomes one step for each; whatever depends on the action depends on all of them.
+`action_id/action_type/model_name/devices/source_url/dependencies`. `action` or `action_type` says which it is, one file
+speaks one dialect, and what makes a graph (ids, dependencies, several devices) has no place in the other; the words for
+one model and one place mean the same in both. In a graph an action with several target devices becomes one step for
+each; whatever depends on the action depends on all of them.
 
 Pure: what is asked here is only whether a file makes sense; whether its models and devices exist is asked by `jobs`.
 """
@@ -19,8 +21,9 @@ from common.errors import InvalidJob, JobCycle
 from head.core.objects import Step
 from herder.types import JobAction
 
-_ORDER_ONLY = ("action", "model", "source", "target", "from_", "to", "device")
-_GRAPH_ONLY = ("action_type", "action_id", "model_name", "source_url", "devices", "dependencies")
+_ORDER_ONLY = ("action",)
+_GRAPH_ONLY = ("action_type", "action_id", "devices", "dependencies")
+_PLACES = ("from_", "to", "target", "device")
 _HAS_SOURCE_DEVICE = ("move", "copy")
 _ID_CHARS = 128
 
@@ -43,7 +46,7 @@ def _dialect(actions: tuple[JobAction, ...]) -> bool:
     """Whether the file is of the dialect in order (else: a graph); refuses a mixture."""
     first: tuple[str, bool] | None = None
     for number, action in enumerate(actions, 1):
-        order = [_field(name) for name in _ORDER_ONLY if getattr(action, name) is not None]
+        order = [name for name in _ORDER_ONLY if getattr(action, name) is not None]
         graph = [name for name in _GRAPH_ONLY if getattr(action, name) not in (None, ())]
         where = _where(number, action)
         if order and graph:
@@ -64,25 +67,25 @@ def _in_order(actions: tuple[JobAction, ...]) -> tuple[Step, ...]:
     for number, action in enumerate(actions, 1):
         where = _where(number, action)
         kind = action.action or ""
-        source_url, source_device, target = _places_in_order(where, kind, action)
+        source_url, source_device, target = _places(where, kind, action)
         before = (steps[-1].id,) if steps else ()
         step_id = f"{number}-{kind}"
-        steps.append(_step(where, step_id, kind, action, action.model, source_url, source_device, target, before))
+        steps.append(_step(where, step_id, kind, action, source_url, source_device, target, before))
     return tuple(steps)
 
 
-def _places_in_order(where: str, kind: str, action: JobAction) -> tuple[str, str, str]:
-    """Source URL, source device and target device of an action of the dialect in order."""
-    source, source_url = action.from_, ""
+def _places(where: str, kind: str, action: JobAction) -> tuple[str, str, str]:
+    """Source URL, source device and target device of an action that names its places one by one."""
+    source, source_url = action.from_, action.source_url or ""
     if action.source is not None:
+        if action.source_url is not None:
+            raise _wrong(where, "source_url", "`source` and `source_url` say the same; use one")
         if action.from_ is not None:
             raise _wrong(where, "source", "`source` and `from` say the same; use one")
         if "://" in action.source:
             source_url = action.source
         else:
             source = action.source
-    if kind == "move" and source_url:
-        raise _wrong(where, "source", "a move needs a device as its source; `download` takes a URL")
     targets = {"target": action.target, "to": action.to, "device": action.device}
     if kind in ("delete", "stop_serve", "health_check") and source is not None and not any(targets.values()):
         targets["from"], source = source, None
@@ -141,17 +144,19 @@ def _fan_out(where: str, action: JobAction, dependencies: tuple[str, ...]) -> tu
     """One step for each target device. A move to several copies to all and drops the source with the last."""
     kind, step_id = action.action_type or "", action.action_id or ""
     devices = action.devices
-    source = ""
+    if not devices:
+        url, source, target = _places(where, kind, action)
+        return (_step(where, step_id, kind, action, url, source, target, dependencies),)
+    named = next((name for name in _PLACES if getattr(action, name) is not None), "")
+    if named or "://" not in (action.source or "://"):
+        raise _wrong(where, _field(named or "source"), "`devices` names the places already; use one way")
+    source, url = "", action.source_url or action.source or ""
     if kind in _HAS_SOURCE_DEVICE and len(devices) > 1:
         source, devices = devices[0], devices[1:]
     if len(set(devices)) != len(devices):
         raise _wrong(where, "devices", "a device is named twice")
-    url = action.source_url or ""
-    if kind in _HAS_SOURCE_DEVICE and url:
-        raise _wrong(where, "source_url", f"a {kind} takes a device as its source; `download` takes a URL")
-    if len(devices) <= 1:
-        target = devices[0] if devices else ""
-        return (_step(where, step_id, kind, action, action.model_name, url, source, target, dependencies),)
+    if len(devices) == 1:
+        return (_step(where, step_id, kind, action, url, source, devices[0], dependencies),)
     steps: list[Step] = []
     for number, target in enumerate(devices, 1):
         is_last = number == len(devices)
@@ -160,7 +165,7 @@ def _fan_out(where: str, action: JobAction, dependencies: tuple[str, ...]) -> tu
             one = "copy"
         elif kind == "move":
             depends = (*dependencies, *(step.id for step in steps))
-        steps.append(_step(where, f"{step_id}.{number}", one, action, action.model_name, url, source, target, depends))
+        steps.append(_step(where, f"{step_id}.{number}", one, action, url, source, target, depends))
     return tuple(steps)
 
 
@@ -169,16 +174,17 @@ def _step(
     step_id: str,
     kind: str,
     action: JobAction,
-    model: str | None,
     source_url: str,
     source_device: str,
     target_device: str,
     dependencies: tuple[str, ...],
 ) -> Step:
+    if action.model is not None and action.model_name is not None:
+        raise _wrong(where, "model_name", "`model` and `model_name` say the same; use one")
     step = Step(
         id=step_id,
         action=kind,
-        model=model or "",
+        model=action.model or action.model_name or "",
         source_device=source_device,
         target_device=target_device,
         source_url=source_url,
@@ -237,7 +243,7 @@ def _refuse_unused(where: str, step: Step, action: JobAction) -> None:
         raise _wrong(where, "source", f"{step.action} takes no URL; `download` does")
     if step.source_device and step.action not in ("download", "move", "copy"):
         raise _wrong(where, "from", f"{step.action} has no source")
-    if step.config and step.action not in ("serve", "stop_serve", "move", "copy", "download"):
+    if step.config and step.action == "delete":
         raise _wrong(where, "config", f"`config` means nothing to {step.action}")
 
 
