@@ -142,7 +142,7 @@ class Driver:
         """
         if self._is_stopping:
             raise Unavailable("the head is stopping", hint="try again when it is back")
-        if len(self._requests) + len(self._queue) >= limits.JOURNAL_QUEUE_EVENTS:
+        if max(len(self._requests), len(self._queue)) >= limits.JOURNAL_QUEUE_EVENTS:
             self.counts["refused_full"] += 1
             raise Unavailable("the head has too many changes in hand", hint="try again in a moment")
         if event.request_id in self._requests:

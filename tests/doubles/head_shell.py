@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import aiohttp
 import msgspec
@@ -37,6 +37,13 @@ def record(revision: int, name: str, *, what: str = "model_registered", cause: s
 def removal(revision: int, name: str) -> Record:
     """A record that deletes a model."""
     return Record(revision, NOW_MS + revision, "model_deleted", "req-2", "model", name, None)
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    """Waits for a condition; TimeoutError when it does not come."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - tests look at things that announce nothing
+            await asyncio.sleep(0.002)
 
 
 class FakeIds:
