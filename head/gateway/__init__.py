@@ -1,1 +1,1 @@
-"""The OpenAI-compatible gateway under /v1."""
+"""The OpenAI-compatible door at /v1: who may pass, which replica answers, and the bytes in between."""
