@@ -6,8 +6,12 @@ Each rule is a function that returns the broken facts in words.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import get_args
 
-from head.core.state import State
+from common import ids, limits
+from head.core import admission, copy_facts
+from head.core.state import State, restore
+from herder.types import CopyState
 
 Rule = Callable[[State], Iterator[str]]
 RULES: list[Rule] = []
@@ -23,3 +27,144 @@ def check_invariants(state: State) -> None:
     """Raises AssertionError that names every broken rule."""
     broken = [f"{function.__name__}: {fact}" for function in RULES for fact in function(state)]
     assert not broken, "; ".join(broken[:20])
+
+
+# nodes, models and copies
+_COPY_STATES = frozenset(get_args(CopyState))
+_INDICES = (
+    "copies_by_model",
+    "copies_by_node",
+    "replicas_by_service",
+    "replicas_by_node",
+    "replicas_by_model",
+    "active_copies",
+    "pinned_copies",
+    "draining_nodes",
+    "live_jobs",
+    "waiters",
+)
+_TABLES = ("nodes", "copies", "services", "replicas", "jobs")
+_SMALL = 200  # bigger states are compared with a recomputation at every 64th revision only
+
+
+@rule
+def indices_equal_a_recomputation(state: State) -> Iterator[str]:
+    """The indices that `apply` keeps are those of a state built from nothing."""
+    objects = [thing for name in _TABLES for thing in getattr(state, name).values()]
+    if len(objects) > _SMALL and state.revision % 64:
+        return
+    fresh = State()
+    for thing in objects:
+        restore(fresh, thing)
+    for name in _INDICES:
+        kept, wanted = (_as_sets(getattr(one, name)) for one in (state, fresh))
+        if kept != wanted:
+            yield f"{name} is {kept}, not {wanted}"
+
+
+@rule
+def copies_stand_on_something(state: State) -> Iterator[str]:
+    """Every copy is of a registered model and on a known node; a RAM copy has its disk copy under it."""
+    for copy in state.copies.values():
+        node = copy_facts.node_of(copy)
+        if copy.model not in state.models:
+            yield f"{copy.key} is of no registered model"
+        if copy_facts.is_projection(copy):
+            continue
+        if node not in state.nodes:
+            yield f"{copy.key} is on no known node"
+        is_meant = copy.desired == "present" and copy.state != "failed"
+        if copy_facts.storage_of(copy) == "dram" and is_meant and copy_facts.backing_of(state, copy) is None:
+            yield f"{copy.key} has no disk copy under it"
+
+
+@rule
+def copies_are_in_order(state: State) -> Iterator[str]:
+    """Words are known, what is undesired is dropping, what failed says why, what is ready matches the manifest."""
+    for key, copy in state.copies.items():
+        if copy.key != key or copy.state not in _COPY_STATES or copy.desired not in ("present", "absent"):
+            yield f"{key}: {copy.desired}, {copy.state}"
+        if copy_facts.is_projection(copy):
+            continue
+        if (copy.desired == "absent") != (copy.state == "dropping"):
+            yield f"{key} is {copy.state} and desired {copy.desired}"
+        if copy.state == "failed" and copy.error is None:
+            yield f"{key} failed without a reason"
+        manifest = copy_facts.manifest_of(state, copy.model, copy.revision)
+        if copy.state == "ready" and manifest is not None and copy.digest not in ("", manifest.digest):
+            yield f"{key} is ready with another content than its revision has"
+        if copy.attempts > limits.STEP_ATTEMPTS and copy.desired == "present":
+            yield f"{key} was tried {copy.attempts} times"
+
+
+@rule
+def devices_are_not_overbooked(state: State) -> Iterator[str]:
+    """What the head admitted fits; more can only be there because agents report it, and then nothing new begins."""
+    for node_id, node in state.nodes.items():
+        for device in admission.devices_of(state, node.id):
+            place = ids.parse_device(device)
+            if place.kind == "gpu":
+                continue
+            over = admission.committed_bytes(state, place) - admission.budget_bytes(state, place)
+            begun_later = [
+                copy.key
+                for copy in admission.copies_on(state, place)
+                if copy.desired == "present" and copy.state in copy_facts.NOT_BEGUN and copy_facts.size_of(state, copy)
+            ]
+            if over > 0 and begun_later:
+                yield f"{node_id}: {device} is overbooked by {over} bytes, and {begun_later} are to begin"
+
+
+@rule
+def models_end(state: State) -> Iterator[str]:
+    """A model that is being deleted has copies left, all on their way out; manifests belong to models."""
+    for model in state.models.values():
+        if not model.is_deleting:
+            continue
+        copies = [state.copies[key] for key in state.copies_by_model.get(model.name, ())]
+        if not copies:
+            yield f"{model.name} is being deleted, has no copy and is still there"
+        for copy in copies:
+            if copy.desired == "present" and not copy_facts.is_projection(copy):
+                yield f"{model.name} is being deleted and {copy.key} is not"
+    for key, kept in state.manifests.items():
+        if kept.manifest.model not in state.models:
+            yield f"the manifest {key} is of no registered model"
+
+
+@rule
+def sessions_are_unique(state: State) -> Iterator[str]:
+    """A session belongs to one node; live facts are of known nodes; who counts as lost is unreachable."""
+    owners: dict[str, str] = {}
+    for node_id, live in state.live.items():
+        if node_id not in state.nodes:
+            yield f"there are live facts of {node_id}, which is not known"
+        if live.session_id and owners.setdefault(live.session_id, node_id) != node_id:
+            yield f"session {live.session_id} is of {owners[live.session_id]} and of {node_id}"
+    for node_id in state.lost_ms:
+        if node_id not in state.nodes or state.nodes[node_id].status != "unreachable":
+            yield f"{node_id} counts as lost and is not unreachable"
+
+
+@rule
+def readers_are_counted(state: State) -> Iterator[str]:
+    """Who reads from where is the same seen from both ends, is of copies at work, and keeps its limit."""
+    for key, offered in state.offered.items():
+        copy = state.copies.get(key)
+        if copy is None or copy.desired != "present" or copy.state not in (*copy_facts.IN_FLIGHT, "planned"):
+            yield f"{key} reads and is {copy.state if copy else 'gone'}"
+        for served in offered:
+            node = served.rpartition("|")[2].partition(":")[0]
+            if node in state.nodes and key not in state.readers.get(node, ()):
+                yield f"{key} reads from {served}, which {node} does not count"
+    for node, readers in state.readers.items():
+        if len(readers) > limits.READERS_PER_SERVING_NODE:
+            yield f"{len(readers)} fetches read from {node}"
+        for key in readers:
+            if not any(served.endswith(f"|{node}:disk") for served in state.offered.get(key, ())):
+                yield f"{node} counts {key}, which does not read from it"
+
+
+def _as_sets(index: dict[str, dict[str, None]] | dict[str, None]) -> dict[str, set[str]]:
+    """An index without regard to order and empty entries."""
+    return {name: set(keys) if keys else {name} for name, keys in index.items() if keys is None or keys}

@@ -16,7 +16,7 @@ import msgspec
 from common import limits
 from head.core import commands, copies, health_checks, idempotency, jobs, keys, services
 from head.core.effects import Alarm, CloseSession
-from head.core.events import Event, HeadStarted, RecipesLoaded, Ticked
+from head.core.events import Event, HeadStarted, Ticked
 from head.core.objects import Meta
 from head.core.state import Live
 from head.core.turn import Turn
@@ -53,13 +53,6 @@ def started(turn: Turn, event: HeadStarted) -> None:
     state.lost_ms = {node.id: turn.now_ms for node in state.nodes.values() if node.status == "unreachable"}
     state.is_frozen = False
     _judge_freeze(turn)
-
-
-def recipes_loaded(turn: Turn, event: RecipesLoaded) -> None:
-    """The recipes as they are now; services that lacked one look again."""
-    turn.state.recipes = dict(event.recipes)
-    for key in tuple(turn.state.services):
-        turn.touch("service", key)
 
 
 def ticked(turn: Turn, event: Ticked) -> None:
@@ -169,6 +162,5 @@ def _clear_flaps(turn: Turn) -> None:
 
 HANDLERS: dict[type[Event], Callable[[Turn, Any], None]] = {
     HeadStarted: started,
-    RecipesLoaded: recipes_loaded,
     Ticked: ticked,
 }

@@ -9,7 +9,7 @@ import msgspec
 
 from common import ids, limits
 from common.errors import AlreadyExists, Conflict, InUse, InvalidSource, InvalidValue, ModelNotFound, TooMany
-from head.core import idempotency, services
+from head.core import copy_sources, idempotency, services
 from head.core.copy_facts import is_projection, make_absent
 from head.core.events import DeleteModelRequested, Event, RegisterModelRequested, UpdateModelRequested
 from head.core.objects import Copy, Model, Service
@@ -121,6 +121,8 @@ def reconcile(turn: Turn, key: str) -> None:
 
 def _drop(turn: Turn, copy: Copy) -> None:
     if copy.desired == "present" and not is_projection(copy):  # a projection goes with its replica
+        copy_sources.release(turn.state, copy.key)
+        turn.state.progress.pop(copy.key, None)
         make_absent(turn, copy, "copy_unwanted", reason="the model is being deleted")
 
 
