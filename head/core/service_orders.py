@@ -84,7 +84,7 @@ def start(
     )
     turn.put(service, "service_changed" if existing is not None else "service_created")
     if existing is not None:
-        _revive(turn, service)
+        revive(turn, service)
     return service
 
 
@@ -154,11 +154,12 @@ def stop_on_device(turn: Turn, replica: Replica, *, cause: str) -> str:
     return f"replica:{replica.id}"
 
 
-def _revive(turn: Turn, service: Service) -> None:
+def revive(turn: Turn, service: Service) -> Service:
     """Failed replicas of a service that somebody starts again get a new chance."""
     for replica in replica_facts.of_service(turn.state, service.name):
         if replica.desired == "running" and replica.state == "failed" and replica.spec_hash == service.spec_hash:
             turn.put(_anew(turn, replica), "replica_revived")
+    return service
 
 
 def _anew(turn: Turn, replica: Replica) -> Replica:

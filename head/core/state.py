@@ -91,6 +91,8 @@ class State:
     draining_nodes: dict[str, None] = field(default_factory=dict)  # draining and not drained yet
     live_jobs: dict[str, None] = field(default_factory=dict)  # jobs that have not ended
     waiters: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # "kind:key" -> jobs
+    running_steps: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # node -> "job/step"
+    queued_steps: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # node -> jobs
 
     # volatile
     live: dict[str, Live] = field(default_factory=dict)  # by node
@@ -143,6 +145,7 @@ _TABLES = {
 }
 JOB_ENDED = frozenset({"completed", "failed", "cancelled"})
 STEP_ENDED = frozenset({"completed", "failed", "cancelled", "skipped"})
+HEAVY_ACTIONS = frozenset({"download", "copy", "move", "serve"})  # those that STEPS_RUNNING_PER_NODE counts
 COPY_AT_REST = frozenset({"ready", "failed", "asleep"})
 
 
@@ -192,9 +195,18 @@ def _index(state: State, thing: Object) -> None:
             state.replicas_by_model[thing.model][thing.key] = None
         case Job() if thing.state not in JOB_ENDED:
             state.live_jobs[thing.key] = None
+            completed = {step.id for step in thing.steps if step.state == "completed"}
             for step in thing.steps:
-                if step.state == "running" and step.target:
-                    state.waiters[step.target][thing.key] = None
+                node = step.target_device.partition(":")[0]
+                if step.state == "running":
+                    if step.target:
+                        state.waiters[step.target][thing.key] = None
+                    if step.action in HEAVY_ACTIONS:
+                        state.running_steps[node][f"{thing.key}/{step.id}"] = None
+                elif (
+                    step.state == "pending" and step.action in HEAVY_ACTIONS and completed.issuperset(step.dependencies)
+                ):
+                    state.queued_steps[node][thing.key] = None
         case _:
             pass
 
@@ -217,6 +229,9 @@ def _unindex(state: State, thing: Object) -> None:
             for step in thing.steps:
                 if step.target:
                     _discard(state.waiters, step.target, thing.key)
+                node = step.target_device.partition(":")[0]
+                _discard(state.running_steps, node, f"{thing.key}/{step.id}")
+                _discard(state.queued_steps, node, thing.key)
         case _:
             pass
 
