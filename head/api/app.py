@@ -40,6 +40,7 @@ from head.api.call import Call, Shared
 from head.api.routes import OPEN, Media, Route
 from head.context import HeadContext
 
+SHARED = web.AppKey("shared", Shared)
 ROUTES: tuple[Route, ...] = (
     *health.ROUTES,
     *docs.ROUTES,
@@ -85,6 +86,7 @@ def build_app(context: HeadContext) -> web.Application:
             "lingering_time": limits.LINGER_S,
         },
     )
+    app[SHARED] = shared
     app.on_response_prepare.append(middleware.add_headers)
     for route in routes:
         app.router.add_route(route.method, route.path, _entry(route, shared, door), expect_handler=_on_expect)

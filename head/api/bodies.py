@@ -41,7 +41,7 @@ async def read_body(request: web.Request, *, takes_yaml: bool, is_optional: bool
 
 async def read_nothing(request: web.Request) -> None:
     """For routes without a body: an empty one or `{}` is fine. Raises: BodyTooLarge, InvalidRequest, TimedOut."""
-    if not request.body_exists or request.content.is_eof():
+    if not request.body_exists:
         return
     if (request.content_length or 0) > limits.BODY_BYTES:
         raise _too_large(limits.BODY_BYTES)

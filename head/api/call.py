@@ -219,7 +219,7 @@ def near(name: str, known: Iterable[str], listing: str) -> str:
             if len(candidates) >= NEAR_CANDIDATES:
                 break
     matches = [low for low in candidates if low.endswith("/" + wanted)][:3]
-    matches = matches or difflib.get_close_matches(wanted, candidates, n=3, cutoff=0.6)
+    matches = matches or difflib.get_close_matches(wanted, candidates, n=3, cutoff=0.5)
     if matches:
         return "did you mean " + " or ".join(repr(candidates[match]) for match in matches) + "?"
     return listing

@@ -31,10 +31,12 @@ _encoder = msgspec.json.Encoder()
 class EventsQuery(Query, frozen=True, kw_only=True):
     """Which events."""
 
-    after: Annotated[
-        int | None,
-        Meta(ge=0, description="Resume after this id; the header Last-Event-ID wins. Left out: from now on."),
-    ] = None
+    after: (
+        Annotated[
+            int, Meta(ge=0, description="Resume after this id; the header Last-Event-ID wins. Left out: from now on.")
+        ]
+        | None
+    ) = None
     kind: Annotated[
         str, Meta(max_length=256, description="Only these kinds of objects, with commas between: `job,copy`.")
     ] = ""

@@ -16,7 +16,7 @@ from common.errors import ErrorInfo
 from common.manifest import Manifest
 from common.recipe import Recipe
 from common.wire import GpuReading, Inventory
-from head.core import copy_facts, node_facts, service_views
+from head.core import node_facts, service_views
 from head.core.objects import ApiKey, Copy, Job, Model, Node, Replica, Service, Step
 from head.core.state import JOB_ENDED, Live, Progress, State
 from herder import types as api
@@ -224,7 +224,8 @@ def _leases(state: State, copy: Copy) -> int:
         and replica.desired == "running"
         and (replica.device == copy.device or storage == "disk")
     )
-    return engines + len(copy_facts.readers_of(state, copy))
+    readers = sum(copy.key in state.offered.get(key, ()) for key in state.readers.get(node, ()))
+    return engines + (readers if storage == "disk" else 0)
 
 
 _sizes: dict[str, int] = {}

@@ -40,7 +40,8 @@ async def story(call: Call) -> web.StreamResponse:
             hint="a request id, job id, model, node, service, replica or key id; old lines are pruned",
         )
     is_full = len(lines) == query.limit
-    return call.listing(lines, encode_cursor(name, (lines[0].revision, "") if is_full else None))
+    following = encode_cursor(name, (lines[0].revision, "") if is_full else None)
+    return call.listing(lines, following, len(lines))
 
 
 async def why(call: Call) -> web.StreamResponse:
