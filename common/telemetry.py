@@ -14,7 +14,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any, TextIO
 
 import msgspec
@@ -111,15 +111,17 @@ class Notifier:
             logging.getLogger(__name__).warning("systemd was not told", extra=fields(error=str(error)))
 
 
-async def ticks(period_s: float) -> AsyncIterator[int]:
+async def ticks(period_s: float) -> AsyncGenerator[int, None]:
     """Turns about every period, each giving how many milliseconds later than planned this loop got here.
 
     Lateness is measured on CLOCK_BOOTTIME, so a stopped process or a suspended machine shows as a stall too.
     """
+    woke_ms = boottime_ms()
     while True:
-        planned = boottime_ms() + round(period_s * 1000)
-        await asyncio.sleep(period_s)
-        yield max(0, boottime_ms() - planned)
+        planned_ms = woke_ms + round(period_s * 1000)
+        await asyncio.sleep(max(0, planned_ms - boottime_ms()) / 1000)
+        woke_ms = boottime_ms()
+        yield max(0, woke_ms - planned_ms)
 
 
 class GcWatch:
