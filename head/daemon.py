@@ -45,6 +45,7 @@ BuildApp = Callable[[HeadContext], web.Application]
 LISTEN_BACKLOG = 4_096
 HANDLERS_END_S = 5.0
 DRIVER_END_S = 10.0
+IMPATIENCE_MS = 3_000  # a stop signal that comes so long after the first is meant
 ENDPOINT_FILE = "endpoint"  # in the state directory: the URL of the running head
 
 
@@ -91,6 +92,7 @@ class Daemon:
         self._notifier = Notifier()
         self._tasks = Supervisor("head")
         self._stop = asyncio.Event()
+        self._stopping_ms = 0
 
     async def run(self, on_ready: Callable[[], None] | None = None) -> int:
         """Serves until a signal or `stop`; returns the exit code. Raises: HerderError when it cannot start."""
@@ -223,8 +225,11 @@ class Daemon:
 
     def _on_stop_signal(self, number: int) -> None:
         if self._stop.is_set():
-            log.error("second signal; ending at once", extra=fields(signal=number))
-            os._exit(1)
+            if boottime_ms() - self._stopping_ms > IMPATIENCE_MS:
+                log.error("told to stop again; ending at once", extra=fields(signal=number))
+                os._exit(1)
+            return  # Ctrl-C reaches us twice: from the terminal and from `herder up`
+        self._stopping_ms = boottime_ms()
         log.info("stopping", extra=fields(signal=signal.Signals(number).name))
         self._stop.set()
 
