@@ -68,6 +68,8 @@ def _say_again(turn: Turn, command: wire.Command, task: Task | None) -> bool:
         return False  # the outcome is the other order's of this generation; removal wins
     if outcome.is_acked and task is not None:
         return False
+    if task is not None and outcome.result.outcome == "ok" and not is_removal and task.state in ("failed", "stopped"):
+        return False  # it was well once and is not any more (a reboot, a lost file): done again
     turn.say(outcome.result)
     return True
 

@@ -151,7 +151,7 @@ def reconcile(turn: Turn, key: str) -> None:
     task = state.copies.get(key)
     if task is not None and not _can_be_had(turn, task):
         return
-    _wake_dependents(turn, key)
+    _wake_dependents(turn, task, key)
     verb = _verb(state, task) if task is not None else ""
     token = state.ask_of.get(key)
     if token is not None:
@@ -224,16 +224,20 @@ def _cancel_ask(turn: Turn, ask: Ask, *, is_discarding: bool) -> None:
         turn.emit(AskMover(mover.Cancel(token, ask.token, discard=is_discarding)))
 
 
-def _wake_dependents(turn: Turn, key: str) -> None:
+def _wake_dependents(turn: Turn, task: CopyTask | None, key: str) -> None:
+    """Downwards (disk to RAM to engines) on what is there, upwards only to a disk drop that waits: never in a ring."""
     name, _, storage = key.rpartition("|")
-    if storage == "disk":
+    is_dropping = task is None or task.state == "dropping"
+    if storage == "disk" and not is_dropping:
         dram = turn.state.copies.get(f"{name}|dram")
-        if dram is not None and dram.state in WORKING:
+        if dram is not None and dram.state == "loading":
             turn.touch("copy", dram.key)
-    else:
+    elif storage == "dram":
         disk = turn.state.copies.get(f"{name}|disk")
         if disk is not None and disk.state == "dropping":
             turn.touch("copy", disk.key)
+    if is_dropping:
+        return
     for replica in turn.state.replicas.values():
         if replica.state == "waiting_copy" and f"{replica.order.model}@{replica.order.revision}" == name:
             turn.touch("replica", replica.key)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from agent.core.effects import AttachReplica, ForgetReplica, ProbeReplica, SignalReplica, SpawnReplica
+from agent.core.effects import AttachReplica, ForgetReplica, NoteLease, ProbeReplica, SignalReplica, SpawnReplica
 from agent.core.events import ReplicaExited, ReplicaProbed, ReplicaSpawnFailed, ReplicaStarted
 from agent.core.objects import CopyTask, ReplicaTask
 from agent.core.state import NEVER_MS, Engine, State
@@ -39,6 +39,8 @@ def ensure(turn: Turn, command: wire.Command, body: wire.EnsureReplica) -> None:
         refusal = errors.TooMany(f"{limits.REPLICAS_PER_NODE} replicas on this node").info()
         turn.answer(command.op_id, command.generation, "failed", error=refusal)
         return
+    if body.stop_after_ms:
+        turn.emit(NoteLease(state.lease_until_ms))
     engine = state.engine(body.replica)
     has_process = engine.phase != "none"
     if task is not None and has_process and task.desired == "running" and task.order == body and not engine.is_ending:
