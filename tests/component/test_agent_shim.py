@@ -1,0 +1,182 @@
+"""The shim with real processes: what the engine leaves behind, how it ended, its output, its environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from agent import procs
+from agent.logs import end_of, read_from, segments
+from agent.replicas import SHIM
+
+WAIT_S = 20.0
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    """Waits for a condition."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {WAIT_S} s: {what}"
+        time.sleep(0.01)
+
+
+class Run:
+    """A shim started as the agent does it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.mark = str(directory)
+        self.shim: subprocess.Popen[bytes] | None = None
+
+    def start(self, script: str, *, log_bytes: int = 65_536, argv: list[str] | None = None) -> Run:
+        """Starts `sh -c script` (or argv) below a shim."""
+        env = {"PATH": os.defpath, procs.MARK: self.mark}
+        spec = {"argv": argv or ["sh", "-c", script], "env": env, "cwd": "/", "log_bytes": log_bytes}
+        (self.directory / "spec.json").write_text(json.dumps(spec))
+        self.shim = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(SHIM), str(self.directory / "spec.json")],
+            env=env,
+            start_new_session=True,
+        )
+        return self
+
+    @property
+    def pid(self) -> int:
+        """The shim's pid."""
+        assert self.shim is not None
+        return self.shim.pid
+
+    def identity(self) -> dict[str, int]:
+        """pid.json, once it is there."""
+        until((self.directory / "pid.json").exists, "pid.json")
+        return json.loads((self.directory / "pid.json").read_text())  # type: ignore[no-any-return]
+
+    def end(self) -> dict[str, object]:
+        """exit.json, once the shim has ended."""
+        assert self.shim is not None
+        self.shim.wait(WAIT_S)
+        return json.loads((self.directory / "exit.json").read_text())  # type: ignore[no-any-return]
+
+    def output(self) -> str:
+        """What the log holds."""
+        return "".join(path.read_text() for _, path in segments(self.directory))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """A run; whatever is left of it is killed."""
+    made = Run(tmp_path)
+    yield made
+    procs.kill_all(made.pid if made.shim else 0, made.mark, within_s=5)
+    if made.shim is not None:
+        made.shim.wait(WAIT_S)
+
+
+@pytest.mark.parametrize(("script", "code"), [("exit 0", 0), ("exit 3", 3), ("kill -SEGV $$", -signal.SIGSEGV)])
+def test_exit_is_written(run: Run, script: str, code: int) -> None:
+    """exit.json tells code or signal, and both streams stand in the log."""
+    end = run.start(f"echo out; echo err >&2; {script}").end()
+    assert end["exit_code"] == code
+    assert run.output() == "out\nerr\n"
+
+
+def test_engine_that_cannot_be_executed(run: Run) -> None:
+    """A missing program is told by name; there is no pid.json."""
+    end = run.start("", argv=["/no/such/engine"]).end()
+    assert "/no/such/engine" in str(end["error"])
+    assert not (run.directory / "pid.json").exists()
+
+
+def test_killing_the_parent_leaves_the_engine(run: Run) -> None:
+    """kill -9 of the process that started the shim: shim and engine go on and the exit is still written."""
+    (run.directory / "spec.json").write_text(
+        json.dumps(
+            {"argv": ["sh", "-c", "read line < gate; exit 7"], "env": {"PATH": os.defpath, procs.MARK: run.mark},
+             "cwd": str(run.directory), "log_bytes": 65536}
+        )
+    )  # fmt: skip
+    os.mkfifo(run.directory / "gate")
+    starter = (
+        "import subprocess,sys,time\n"
+        f"subprocess.Popen([sys.executable,'-I','-S',{str(SHIM)!r},{str(run.directory / 'spec.json')!r}],"
+        "start_new_session=True)\n"
+        "time.sleep(600)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", starter], start_new_session=True)
+    identity = run.identity()
+    os.killpg(parent.pid, signal.SIGKILL)
+    parent.wait()
+    assert procs.is_running(identity["shim_pid"], identity["shim_ticks"])
+    assert procs.is_running(identity["pid"], identity["ticks"])
+    (run.directory / "gate").write_text("go\n")
+    until((run.directory / "exit.json").exists, "exit.json")
+    assert json.loads((run.directory / "exit.json").read_text())["exit_code"] == 7
+
+
+def test_sigterm_goes_to_the_whole_group(run: Run) -> None:
+    """SIGTERM at the shim reaches the engine's children too, and the shim waits for the engine's own end."""
+    run.start("trap 'echo bye; exit 5' TERM; (trap 'echo child; exit 0' TERM; while :; do sleep 0.05; done) & "
+              "echo up; while :; do sleep 0.05; done")  # fmt: skip
+    until(lambda: "up" in run.output(), "the engine's first line")
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.end()["exit_code"] == 5
+    assert "bye" in run.output()
+    assert procs.members(run.pid, run.mark) == []
+
+
+def test_grandchildren_that_ignore_sigterm_are_killed(run: Run) -> None:
+    """What the engine leaves behind, even in a session of its own, is gone before exit.json is written."""
+    stray = "trap '' TERM; echo stray; while :; do sleep 0.05; done"
+    run.start(f"setsid sh -c \"{stray}\" & (trap '' TERM; sleep 600) & trap 'exit 0' TERM; "
+              "echo up; while :; do sleep 0.05; done")  # fmt: skip
+    until(lambda: {"up", "stray"} <= set(run.output().split()), "engine and stray")
+    assert len(procs.members(0, run.mark)) >= 4
+    os.kill(run.pid, signal.SIGTERM)
+    end = run.end()
+    assert isinstance(end["strays"], int)
+    assert end["strays"] >= 2
+    assert procs.members(run.pid, run.mark) == []
+
+
+def test_kill_all_finds_what_left_the_session(run: Run) -> None:
+    """The sweep kills engine, children and strays in other sessions, and spares the shim that writes the end."""
+    run.start("trap '' TERM; setsid sh -c 'sleep 600' & sleep 600 & echo up; while :; do sleep 0.05; done")
+    until(lambda: len(procs.members(0, run.mark)) >= 4, "all processes")
+    assert procs.kill_all(run.pid, run.mark, within_s=10, keep=run.pid) == []
+    assert run.end()["exit_code"] == -signal.SIGKILL
+
+
+def test_log_is_capped_and_keeps_its_offsets(run: Run) -> None:
+    """Old output is dropped by whole segments; what is left stands at its true offset."""
+    line = "x" * 99
+    run.start(f"i=0; while [ $i -lt 2000 ]; do echo {line}; i=$((i+1)); done; echo the end", log_bytes=40_000).end()
+    total = 2000 * 100 + len("the end\n")
+    assert end_of(run.directory) == total
+    assert sum(path.stat().st_size for _, path in segments(run.directory)) <= 40_000
+    start, data = read_from(run.directory, total - 8, 100)
+    assert (start, data) == (total - 8, b"the end\n")
+    first, _ = read_from(run.directory, 0, 10)
+    assert first == segments(run.directory)[0][0] > 0
+
+
+def test_engine_sees_no_terminal_and_only_its_environment(run: Run) -> None:
+    """stdin is empty, and the environment is exactly the spec's."""
+    run.start("cat; env | cut -d= -f1 | sort").end()
+    assert set(run.output().split()) <= {procs.MARK, "PATH", "PWD", "OLDPWD", "SHLVL", "_"}
+
+
+def test_shim_is_small(run: Run) -> None:
+    """A shim costs little memory, since there is one per engine for as long as it runs."""
+    run.start("echo up; sleep 600")
+    until(lambda: "up" in run.output(), "the engine's first line")
+    process = procs.read_process(run.pid)
+    assert process is not None
+    assert process.resident_bytes < 25 << 20
