@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import get_args
 
 from common import ids, limits
-from head.core import admission, copy_facts
-from head.core.state import State, restore
-from herder.types import CopyState
+from head.core import admission, copy_facts, placement
+from head.core.objects import Step
+from head.core.state import JOB_ENDED, STEP_ENDED, State, restore
+from herder.types import CopyState, ReplicaState, StepState
 
 Rule = Callable[[State], Iterator[str]]
 RULES: list[Rule] = []
@@ -42,6 +43,8 @@ _INDICES = (
     "draining_nodes",
     "live_jobs",
     "waiters",
+    "running_steps",
+    "queued_steps",
 )
 _TABLES = ("nodes", "copies", "services", "replicas", "jobs")
 _SMALL = 200  # bigger states are compared with a recomputation at every 64th revision only
@@ -163,6 +166,95 @@ def readers_are_counted(state: State) -> Iterator[str]:
         for key in readers:
             if not any(served.endswith(f"|{node}:disk") for served in state.offered.get(key, ())):
                 yield f"{node} counts {key}, which does not read from it"
+
+
+# services, replicas and jobs
+_REPLICA_STATES = frozenset(get_args(ReplicaState))
+_STEP_STATES = frozenset(get_args(StepState))
+
+
+@rule
+def gpus_are_not_overbooked(state: State) -> Iterator[str]:
+    """What replicas have reserved of a GPU fits, and who has it whole has it alone."""
+    for node_id, node in state.nodes.items():
+        use = placement.gpu_use(state, node_id)
+        for gpu in node.inventory.gpus:
+            holders = use.get(gpu.index, [])
+            names = [holder.id for holder in holders]
+            if len(holders) > 1 and any(holder.is_exclusive for holder in holders):
+                yield f"{node_id}:gpu{gpu.index} is held whole and shared by {names}"
+            elif gpu.memory_bytes and placement.reserved_gpu_bytes(holders, gpu) > gpu.memory_bytes:
+                yield f"{node_id}:gpu{gpu.index} is overbooked by {names}"
+
+
+@rule
+def slots_hold_one_replica(state: State) -> Iterator[str]:
+    """A slot has at most one replica, named after it; one that shall go is stopping, one that failed says why."""
+    for key, replica in state.replicas.items():
+        if key != f"{replica.service}-{replica.slot}" or replica.slot < 0:
+            yield f"{key} is slot {replica.slot} of {replica.service}"
+        if replica.service not in state.services:
+            yield f"{key} is of the service {replica.service}, which is gone"
+        if replica.state not in _REPLICA_STATES or (replica.desired == "stopped") != (replica.state == "stopping"):
+            yield f"{key} is {replica.state} and desired {replica.desired}"
+        if replica.state == "failed" and replica.error is None:
+            yield f"{key} failed without a reason"
+        if replica.state == "ready" and replica.port <= 0:
+            yield f"{key} is ready and listens nowhere"
+
+
+@rule
+def projections_follow_replicas(state: State) -> Iterator[str]:
+    """A copy on a GPU is a replica's, which is there."""
+    for key, copy in state.copies.items():
+        if not copy_facts.is_projection(copy):
+            continue
+        replica = state.replicas.get(copy.replica)
+        index = ids.parse_device(copy.device).index
+        if replica is None or replica.node != copy_facts.node_of(copy) or index not in replica.gpus:
+            yield f"{key} projects {copy.replica or 'nothing'}, which is not there"
+
+
+@rule
+def jobs_are_in_order(state: State) -> Iterator[str]:
+    """Steps run after what they depend on; ended jobs have ended steps; what runs waits on something or says why."""
+    for key, job in state.jobs.items():
+        by_id = {step.id: step for step in job.steps}
+        is_ended = job.state in JOB_ENDED
+        if is_ended == (key in state.live_jobs):
+            yield f"{key} is {job.state} and {'' if is_ended else 'not '}among the live jobs"
+        if is_ended != all(step.state in STEP_ENDED for step in job.steps):
+            yield f"{key} is {job.state} with steps {[step.state for step in job.steps][:20]}"
+        for step in job.steps:
+            early = [name for name in step.dependencies if by_id[name].state != "completed"]
+            if step.state not in _STEP_STATES:
+                yield f"{key}/{step.id} is {step.state}"
+            if early and step.state in ("running", "completed"):
+                yield f"{key}/{step.id} is {step.state} before {early}"
+            if step.state == "running" and not _has_target(state, step) and not step.note:
+                yield f"{key}/{step.id} waits on {step.target or 'nothing'} and does not say why"
+            if step.state == "failed" and step.error is None:
+                yield f"{key}/{step.id} failed without a reason"
+
+
+@rule
+def queues_keep_their_limits(state: State) -> Iterator[str]:
+    """Steps at work per node, live jobs, checks and services are bounded."""
+    for node, running in state.running_steps.items():
+        if len(running) > limits.STEPS_RUNNING_PER_NODE:
+            yield f"{len(running)} steps run on {node}"
+    for name, count, limit in (
+        ("live jobs", len(state.live_jobs), limits.JOBS_LIVE),
+        ("checks", len(state.checks), limits.CHECKS_LIVE),
+        ("services", len(state.services), limits.SERVICES),
+    ):
+        if count > limit:
+            yield f"{count} {name}; at most {limit}"
+
+
+def _has_target(state: State, step: Step) -> bool:
+    kind, _, key = step.target.partition(":")
+    return bool(kind) and key in state.table(kind)
 
 
 def _as_sets(index: dict[str, dict[str, None]] | dict[str, None]) -> dict[str, set[str]]:

@@ -25,7 +25,17 @@ from common.errors import (
     RecipeNotFound,
 )
 from common.recipe import Recipe
-from head.core import copies, idempotency, node_facts, placement, replica_facts, replicas, service_orders, service_specs
+from head.core import (
+    copies,
+    idempotency,
+    node_facts,
+    placement,
+    replica_facts,
+    replicas,
+    service_orders,
+    service_specs,
+    why,
+)
 from head.core.events import (
     CreateServiceRequested,
     DeleteServiceRequested,
@@ -33,6 +43,7 @@ from head.core.events import (
     ModelsUsed,
     RecipesLoaded,
     ReplicaProbed,
+    WhyRequested,
 )
 from head.core.objects import Replica, Service, copy_key
 from head.core.replica_facts import uses_copy
@@ -139,6 +150,11 @@ def replica_probed(turn: Turn, event: ReplicaProbed) -> None:
         turn.state.unwell.pop(event.replica, None)
     else:
         turn.state.unwell[event.replica] = event.generation
+
+
+def why_requested(turn: Turn, event: WhyRequested) -> None:
+    """Answers why something is as it is."""
+    turn.reply(event, value=why.why(turn.state, event.kind, event.key, turn.now_ms))
 
 
 # reconciliation
@@ -416,4 +432,5 @@ HANDLERS: dict[type[Event], Callable[[Turn, Any], None]] = {
     RecipesLoaded: recipes_loaded,
     ModelsUsed: models_used,
     ReplicaProbed: replica_probed,
+    WhyRequested: why_requested,
 }
