@@ -259,6 +259,8 @@ def reconcile(turn: Turn, key: str) -> None:
         _drive_drop(turn, copy)
     elif copy.state in NOT_BEGUN:
         _drive_fetch(turn, copy)
+    elif copy.state == "verifying" and key not in turn.state.progress:
+        send_ensure(turn, copy)  # the agent has it, by its report; only its result tells the manifest
 
 
 def _drive_drop(turn: Turn, copy: Copy) -> None:
