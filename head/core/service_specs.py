@@ -185,7 +185,11 @@ def declared_bytes(recipe: Recipe, service: Service) -> tuple[int, int]:
 def ensure_body(service: Service, recipe: Recipe, replica: Replica, node: Node) -> wire.EnsureReplica:
     """The command body that starts this replica."""
     config = merged_config(recipe, service)
-    words = [_filled(word, config) for word in (*recipe.command, *recipe.args)]
+    words = [filled for word in (*recipe.command, *recipe.args) for filled in _filled(word, config)]
+    health = recipe.health.to_wire()
+    path = config.get("health_path")
+    if isinstance(path, str) and "health_path" in recipe.config:
+        health = msgspec.structs.replace(health, path=path)
     uuids = {gpu.index: gpu.uuid for gpu in node.inventory.gpus}
     storage = ",".join(f"gpu{index}" for index in replica.gpus) or replica.device.partition(":")[2]
     stop_after_ms = limits.REPLACE_STOP_AFTER_MS if service.on_unreachable == "replace" else 0
@@ -200,7 +204,7 @@ def ensure_body(service: Service, recipe: Recipe, replica: Replica, node: Node) 
         env={**recipe.env, **service.config.get("env", {})},
         port=service.port or recipe.port,
         gpu_uuids=tuple(uuids[index] for index in replica.gpus if index in uuids),
-        health=recipe.health.to_wire(),
+        health=health,
         served_name=service.model or service.name,
         api_key=replica.api_key,
         max_restarts=recipe.max_restarts,
@@ -210,11 +214,17 @@ def ensure_body(service: Service, recipe: Recipe, replica: Replica, node: Node) 
     )
 
 
-def _filled(word: str, config: dict[str, Any]) -> str:
-    """`{key}` of the configuration put into a word of the recipe; other placeholders are the agent's to fill."""
+def _filled(word: str, config: dict[str, Any]) -> list[str]:
+    """`{key}` of the configuration put into a word of the recipe; other placeholders are the agent's to fill.
+
+    A word that is nothing but the key of a list becomes the words of that list.
+    """
+    whole = config.get(word[1:-1]) if _WORD.fullmatch(word) else None
+    if isinstance(whole, list | tuple):
+        return [str(item) for item in whole]
 
     def one(match: re.Match[str]) -> str:
         value = config.get(match[1])
         return match[0] if value is None or isinstance(value, list | tuple | dict) else str(value)
 
-    return _WORD.sub(one, word)
+    return [_WORD.sub(one, word)]
