@@ -96,7 +96,7 @@ async def socket(call: Call) -> web.StreamResponse:
                 subscription,
                 Wanted(query),
                 after,
-                send=lambda event: _in_time(ws.send_bytes(_frame(event))),
+                send=lambda event: _in_time(ws.send_str(_frame(event))),
                 idle=lambda: _in_time(ws.ping()),
             )
             reader.cancel()
@@ -171,8 +171,8 @@ def _sse(event: api.Event | None) -> bytes:
     return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.id, event.what.encode(), _encoder.encode(event))
 
 
-def _frame(event: api.Event | None) -> bytes:
-    return b'{"reset":true}' if event is None else _encoder.encode(event)
+def _frame(event: api.Event | None) -> str:
+    return '{"reset":true}' if event is None else _encoder.encode(event).decode()
 
 
 async def _write(response: web.StreamResponse, data: bytes) -> None:

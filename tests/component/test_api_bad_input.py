@@ -357,7 +357,7 @@ def test_a_bug_is_500_without_a_word_of_it(tmp_path: Path, caplog: pytest.LogCap
             def explode(call: Any) -> Any:
                 raise RuntimeError("more secret words")
 
-            head.context.metrics.render = explode  # type: ignore[method-assign]
+            head.context.metrics.render = explode  # type: ignore[method-assign,assignment]
             answer = await head.call("GET", "/metrics")
             assert (answer.status, in_our_form(answer)["code"]) == (500, "internal")
             assert b"secret words" not in answer.body

@@ -19,6 +19,7 @@ from aiohttp import web
 
 from common import wire
 from common.clock import SystemClock
+from common.errors import IdempotencyMismatch
 from common.recipe import load_recipes
 from head.api.app import SHARED, build_app
 from head.api.waiting import Waiters
@@ -65,7 +66,7 @@ def scripted_step(state: State, event: ev.Event, now_ms: int) -> Turn:
                 if not idempotency.replayed(turn, event):
                     turn.put(_job(event, now_ms), "job_created")
                     idempotency.answer(turn, event, f"job:{event.fresh_id}")
-            except idempotency.IdempotencyMismatch as error:
+            except IdempotencyMismatch as error:
                 turn.rollback()
                 turn.refuse(event, error)
         case ev.CancelJobRequested():
@@ -239,5 +240,5 @@ def run(test: Callable[[], Awaitable[None]], timeout_s: float = 60.0) -> None:
 async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Waits for a condition that no event tells of."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - the conditions of tests have no event
             await asyncio.sleep(0.005)

@@ -1,0 +1,106 @@
+"""Decoding of queries and YAML, without a socket: nothing that people send may break the decoder or cost much."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import limits
+from common.errors import InvalidRequest, InvalidValue
+from head.api.bodies import decode_query, parse_yaml
+from head.api.call import near
+from head.api.middleware import Throttle
+from head.api.models import ModelsQuery
+from head.api.routes import WaitQuery
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=300)
+def test_any_bytes_are_yaml_or_refused(body: bytes) -> None:
+    """Whatever comes is data or InvalidRequest."""
+    with suppress(InvalidRequest):
+        parse_yaml(body)
+
+
+@given(st.text(alphabet="&*a: []{}-<!|>\n\"'#,?", max_size=60))
+@settings(max_examples=500)
+def test_any_yaml_punctuation_is_data_or_refused(text: str) -> None:
+    """Structure without sense breaks nothing either."""
+    with suppress(InvalidRequest):
+        parse_yaml(text.encode())
+
+
+def test_aliases_are_counted_as_if_written_out() -> None:
+    """As many parts as the limit allows pass, and not one doubling more, however short the text."""
+    small = b"- &a [1, 2]\n- [*a, *a]"
+    assert parse_yaml(small) == [[1, 2], [[1, 2], [1, 2]]]
+    levels = limits.YAML_NODES.bit_length() + 1
+    bomb = b"- &a0 [x]\n" + b"".join(
+        b"- &a%d [*a%d, *a%d]\n" % (level, level - 1, level - 1) for level in range(1, levels)
+    )
+    with pytest.raises(InvalidRequest, match="aliases"):
+        parse_yaml(bomb)
+
+
+def test_dates_stay_text() -> None:
+    """As in JSON."""
+    assert parse_yaml(b"when: 2020-01-01") == {"when": "2020-01-01"}
+
+
+@given(st.lists(st.tuples(st.sampled_from(["limit", "cursor", "type", "x"]), st.text(max_size=12)), max_size=4))
+def test_any_query_is_taken_or_refused_as_a_value(pairs: list[tuple[str, str]]) -> None:
+    """422 or a query; never another exception."""
+    with suppress(InvalidValue):
+        query = decode_query(pairs, ModelsQuery)
+        assert isinstance(query, ModelsQuery)
+        assert 1 <= query.limit <= limits.PAGE_ITEMS
+
+
+@pytest.mark.parametrize("value", ["nan", "NaN", "-inf", "Infinity", "1e999", "-0.001", "", " ", "1,5"])
+def test_waits_are_numbers(value: str) -> None:
+    """What is no number of seconds is refused."""
+    with pytest.raises(InvalidValue):
+        decode_query([("wait", value)], WaitQuery)
+
+
+def test_near_names_are_bounded() -> None:
+    """Among very many names the search still looks at a bounded number, and finds a name by its last part."""
+
+    class Counted(dict[str, Any]):
+        seen = 0
+
+        def __iter__(self) -> Any:
+            for key in super().__iter__():
+                self.seen += 1
+                yield key
+
+    names = Counted({f"model-{number:05}": None for number in range(100_000)})
+    near("model-0000x", names, "list")
+    assert names.seen <= 1_000
+    assert near("m", {"org/m": 1, "x": 1}, "list") == "did you mean 'org/m'?"
+    assert near("something", {"other": 1}, "list") == "list"
+
+
+def test_the_throttle_forgives_after_a_minute_and_forgets_the_oldest() -> None:
+    """Windows of a minute; IPv6 neighbours count together; memory is bounded."""
+    now = [0.0]
+    throttle = Throttle(clock=lambda: now[0])
+    waits = [throttle.failed("10.0.0.1") for _ in range(limits.AUTH_FAILURES_PER_MINUTE + 1)]
+    assert waits[-2:] == [0, 60]
+    assert throttle.failed("10.0.0.2") == 0
+    now[0] = 61.0
+    assert throttle.failed("10.0.0.1") == 0
+    for number in range(limits.AUTH_FAILURES_PER_MINUTE):
+        throttle.failed(f"2001:db8::{number:x}")
+    assert throttle.failed("2001:db8::ffff") > 0
+    assert throttle.failed("2001:db8:1::1") == 0
+    assert throttle.failed("::ffff:10.0.0.2") == 0
+    for number in range(limits.AUTH_ADDRESSES + 5):
+        throttle.failed(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}")
+    assert len(throttle._seen) == limits.AUTH_ADDRESSES
+    assert throttle.failed(None) == 0
+    assert throttle.failed("unix") == 0
