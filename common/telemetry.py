@@ -148,7 +148,9 @@ class GcWatch:
 
 
 def calm_gc() -> None:
-    """After start-up: what lives now lives for ever, so collections skip it, and they come less often."""
-    gc.collect()
+    """After start-up: what lives now lives long, so collections skip it, and they come less often.
+
+    Nothing is collected before: that would walk the whole state, and a start leaves little garbage.
+    """
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

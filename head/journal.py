@@ -367,6 +367,7 @@ class Journal:
             for kind, key, body in self._connection.execute("SELECT kind, key, body FROM objects ORDER BY rowid"):
                 restore(state, _decoded(decoders, kind, key, body))
         finally:
+            gc.freeze()  # else the first collection would walk all of it
             if was_enabled:
                 gc.enable()
         state.revision = self.revision
