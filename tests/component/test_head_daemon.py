@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -351,6 +352,38 @@ def test_backup_and_restore(tmp_path: Path, heads: list[Head]) -> None:
             return (await welcome_of(agent)).head_epoch
 
     assert asyncio.run(join()) == 1002
+
+
+def test_a_disk_that_cannot_be_written(tmp_path: Path, heads: list[Head]) -> None:
+    """Real failing writes: changes answer 507, reads and leases go on, and the head recovers by itself."""
+    head = Head(tmp_path)
+    heads.append(head)
+    head.ready()
+    assert head.call("POST", "/api/v1/models", {"name": "before"})[0] == 201
+
+    async def lease_while_full() -> wire.Message:
+        async with agent_of(head) as agent:
+            await welcome_of(agent)
+            _, most = resource.prlimit(head.process.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(head.process.pid, resource.RLIMIT_FSIZE, (1, most))
+            status, answer = await asyncio.to_thread(head.call, "POST", "/api/v1/models", {"name": "refused"})
+            assert (status, answer["error"]["code"]) == (507, "state_read_only")
+            assert (await asyncio.to_thread(head.call, "GET", "/api/v1/models/before"))[0] == 200
+            assert (await asyncio.to_thread(head.call, "GET", "/api/v1/models/refused"))[0] == 404
+            _, health = await asyncio.to_thread(head.call, "GET", "/api/v1/health")
+            assert (health["status"], health["is_read_only"]) == ("degraded", True)
+            await agent.say(wire.Lease(77, 1))
+            while not isinstance(message := await agent.hear(), wire.Ack):
+                pass
+            resource.prlimit(head.process.pid, resource.RLIMIT_FSIZE, (most, most))
+            return message
+
+    ack = asyncio.run(lease_while_full())
+    assert isinstance(ack, wire.Ack)
+    assert ack.seq == 77
+    head.read_until("the journal writes again")
+    assert head.call("POST", "/api/v1/models", {"name": "refused"})[0] == 201
+    assert head.end() == 0
 
 
 def test_a_lost_admin_token_is_replaced(tmp_path: Path, heads: list[Head]) -> None:
