@@ -27,13 +27,15 @@ from tests.sim.sim_node import SimNode
 from tests.sim.world import Faults, World
 
 RECIPES = {name: recipe for name, (recipe, _) in load_recipes(Path(__file__).parents[2] / "recipes").items()}
-REST_MS = 900_000  # time to come to rest after the last fault: longer than lease, settle and the longest backoff
+REST_MS = 1_300_000  # to come to rest after the last fault: longer than an engine may take to be ready (900 s)
 
 
 class Cluster:
     """One run."""
 
-    def __init__(self, seed: int, *, nodes: int, models: int, faults: Faults, requests: int) -> None:
+    def __init__(
+        self, seed: int, *, nodes: int, models: int, faults: Faults, requests: int, rest_ms: int = REST_MS
+    ) -> None:
         self.world = World(seed, faults)
         self.head = SimHead(self.world, RECIPES)
         self.nodes: dict[str, SimNode] = {}
@@ -42,6 +44,8 @@ class Cluster:
             self.nodes[name] = SimNode(self.world, self.head, name, index % 3, self.nodes)
         self.models = [f"org/m{index}" for index in range(models)]
         self.requests = requests
+        self.rest_ms = rest_ms
+        self.head.check_every = max(1, nodes // 10)
         self.asked = 0
         self.expected: dict[str, str] = {}  # acknowledged and not deleted since: reference -> request id
         self.refusals: Counter[str] = Counter()
@@ -81,7 +85,7 @@ class Cluster:
             if not node.is_up:
                 node.start()
         world.note("faults end")
-        world.run_until(world.now_ms + REST_MS)
+        world.run_until(world.now_ms + self.rest_ms)
         self.check()
 
     # people
@@ -120,7 +124,7 @@ class Cluster:
             case "download":
                 actions = (api.JobAction(action="download", model=model, target=device),)
             case "copy" | "move":
-                actions = (api.JobAction(action=action, model=model, from_=f"{node}:disk", to=other),)
+                actions = (api.JobAction(action=action, model=model, from_=self._holder_of(model), to=other),)
             case "serve":
                 actions = (api.JobAction(action="serve", model=model, device=device),)
             case "stop_serve" | "delete":
@@ -146,6 +150,13 @@ class Cluster:
             self.world.after(rng.randint(10, 20_000), "cancel", lambda: self._cancel(request_id))
         if rng.random() < 0.05:
             self.world.after(rng.randint(10, 20_000), "drain", lambda: self._drain(node))
+
+    def _holder_of(self, model: str) -> str:
+        """A device with a ready copy where there is one, else any."""
+        state = self.head.state
+        copies = [state.copies[key] for key in state.copies_by_model.get(model, {})]
+        ready = [copy.device for copy in copies if copy.state == "ready" and copy.device.endswith(":disk")]
+        return self.world.rng.choice(ready or [f"{name}:disk" for name in self.nodes])
 
     def _note_answer(self, request_id: str) -> None:
         match self.head.answers.get(request_id):

@@ -70,6 +70,8 @@ class SimHead:
         self.disk_full_until_ms = 0
         self.bugs: list[Exception] = []
         self.starts = 0
+        self.check_every = 1  # revisions between two looks at the invariants; big clusters look less often
+        self._checked = -1
         self._waiting: list[Event] = []
         self.pipeline = Pipeline(State(), step)
 
@@ -123,9 +125,15 @@ class SimHead:
         if released.bug is not None:
             self.bugs.append(released.bug)
             raise released.bug
-        check_invariants(self.state)
+        self._check()
         self._release(released.effects)
         self._commit()
+
+    def _check(self) -> None:
+        revision = self.state.revision
+        if revision < self._checked or revision >= self._checked + self.check_every:
+            self._checked = revision
+            check_invariants(self.state)
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -163,6 +171,8 @@ class SimHead:
             released = self.pipeline.refused(errors.StateReadOnly("the disk is full"))
         else:
             self.journal.append(rows)
+            for row in rows:
+                self.world.note(f"r{row.revision} {row.what} {row.kind}:{row.key} by {row.cause}")
             if self.world.chance(self.world.faults.head_crash_per_s / 50):
                 self.world.note("head crashes between fsync and release")
                 self.crash()
@@ -172,7 +182,7 @@ class SimHead:
         self._release(released.effects)
         for event in released.retaken:
             self.take(event)
-        check_invariants(self.state)
+        self._check()
         self._commit()
 
     def _release(self, effects: Sequence[Effect]) -> None:

@@ -7,6 +7,7 @@ events say, with the faults that `Faults` names.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,8 +36,12 @@ GPU_BYTES = 80 * GIB
 def origin_manifest(model: str, revision: str) -> Manifest:
     """What the origin serves for a model: always the same bytes, sized by the name's number."""
     size = (1 + int("0" + "".join(char for char in model if char.isdigit())) % 7) * GIB
-    file = ManifestFile("model.gguf", size, f"b3:{model}", 1 << 22)
-    return Manifest(model, revision, (file,), f"b3:manifest-{model}", "gguf")
+    file = ManifestFile("model.gguf", size, _digest(model), 1 << 22)
+    return Manifest(model, revision, (file,), _digest(f"manifest of {model}"), "gguf")
+
+
+def _digest(text: str) -> str:
+    return f"b3:{hashlib.blake2b(text.encode(), digest_size=32).hexdigest()}"
 
 
 @dataclass

@@ -1,0 +1,93 @@
+"""Whole clusters under seeded faults: what is desired is what is there once the faults end, and nothing is lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.sim.cluster import Cluster
+from tests.sim.profiles import PROFILES
+from tests.sim.world import Faults
+
+
+def run(seed: int, profile: str, *, nodes: int = 5, models: int = 6, requests: int = 60) -> Cluster:
+    """A cluster after its run."""
+    cluster = Cluster(seed, nodes=nodes, models=models, faults=PROFILES[profile], requests=requests)
+    cluster.run()
+    return cluster
+
+
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_everything_at_once(seed: int) -> None:
+    """Loss, reorder, partitions, crashes at both sides, full disks, dying and lying sources: the cluster heals."""
+    cluster = run(seed, "everything")
+    assert cluster.head.starts > 1, "the profile must crash the head"
+
+
+@pytest.mark.parametrize("profile", ["network", "crashes", "disks"])
+@pytest.mark.parametrize("seed", [11, 12, 13])
+def test_one_kind_of_fault(profile: str, seed: int) -> None:
+    """Each kind of fault by itself, harder."""
+    cluster = run(seed, profile)
+    assert cluster.summary()["copies"], "the run must have done something"
+
+
+def test_same_seed_same_run() -> None:
+    """A run is replayed to the last record from its seed."""
+    assert run(3, "everything").world.trace == run(3, "everything").world.trace
+
+
+def test_calm_world_finishes_what_can_be_done() -> None:
+    """Without faults every job ends, or waits for a GPU that somebody else holds and says so."""
+    cluster = run(2, "calm")
+    for job in cluster.head.state.jobs.values():
+        if job.state == "running":
+            assert any("is taken by" in step.note for step in job.steps), job
+
+
+def test_hundreds_of_agents() -> None:
+    """300 agents with partitions and a crashing head: nobody healthy is judged lost, and all work comes to rest."""
+    faults = Faults(loss=0.005, partition_per_s=0.0005, disconnect_per_s=0.002, head_crash_per_s=0.01, until_ms=120_000)
+    cluster = Cluster(21, nodes=300, models=12, faults=faults, requests=120, rest_ms=300_000)
+    cluster.run()
+    assert all(node.status == "online" for node in cluster.head.state.nodes.values())
+    assert cluster.head.starts > 1
+
+
+def test_stalled_head_judges_nobody() -> None:
+    """A head that stands still for longer than every lease finds all its nodes online afterwards."""
+    cluster = Cluster(5, nodes=6, models=1, faults=Faults(until_ms=200_000), requests=0)
+    cluster.world.after(100_000, "stall", lambda: cluster.head.stall(60_000))
+    cluster.run()
+    whats = [row.what for row in cluster.head.journal.history]
+    assert "node_unreachable" not in whats
+
+
+def test_most_nodes_gone_freezes_replacement() -> None:
+    """When most nodes vanish together nothing is replaced, and when they return nothing was started twice."""
+    cluster = Cluster(9, nodes=6, models=3, faults=Faults(until_ms=300_000), requests=30)
+
+    def cut() -> None:
+        for name in ("n0", "n1", "n2", "n3", "n4"):
+            node = cluster.nodes[name]
+            node.to_head_cut_until_ms = node.from_head_cut_until_ms = cluster.world.now_ms + 60_000
+
+    frozen: list[bool] = []
+    cluster.world.after(150_000, "cut", cut)
+    cluster.world.after(195_000, "look", lambda: frozen.append(cluster.head.state.is_frozen))
+    cluster.run()
+    assert frozen == [True]
+    assert not cluster.head.state.is_frozen
+
+
+def test_reboot_is_known_at_once() -> None:
+    """A node that comes back with a new boot id has its engines started again, without waiting for a lease."""
+    cluster = Cluster(4, nodes=3, models=2, faults=Faults(until_ms=120_000), requests=25)
+    node = cluster.nodes["n1"]
+
+    def reboot() -> None:
+        node.reboot()
+        cluster.world.after(3000, "agent", node.start)
+
+    cluster.world.after(100_000, "reboot", reboot)
+    cluster.run()
+    assert node.machine.boot == 2
