@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import secrets
@@ -29,10 +28,11 @@ from common.recipe import Recipe, load_recipes
 from common.statedir import StateDir, write_secret
 from common.tasks import Supervisor
 from common.telemetry import Notifier, calm_gc, fields
-from head import bootstrap, config
+from head import bootstrap
 from head.config import HeadConfig
 from head.context import HeadContext, RandomIds
 from head.core.events import HeadStarted, RecipesLoaded
+from head.door import Door
 from head.driver import Driver
 from head.feed import Feed
 from head.journal import Journal
@@ -42,17 +42,9 @@ from head.sessions import Sessions
 
 log = logging.getLogger(__name__)
 BuildApp = Callable[[HeadContext], web.Application]
-LISTEN_BACKLOG = 4_096
-HANDLERS_END_S = 5.0
 DRIVER_END_S = 10.0
 IMPATIENCE_MS = 3_000  # a stop signal that comes so long after the first is meant
 ENDPOINT_FILE = "endpoint"  # in the state directory: the URL of the running head
-
-
-class CannotListen(HerderError):
-    """The address cannot be bound."""
-
-    code, status = "cannot_listen", 500
 
 
 def version() -> str:
@@ -102,6 +94,7 @@ class Daemon:
             await self._listen(stack)
             calm_gc()
             self._tasks.start("watch", self._watch())
+            self._tasks.start("sweep", self._door.sweep_forever())
             posture = self.posture()
             log.info(posture)
             self._notifier.ready(posture)
@@ -184,31 +177,11 @@ class Daemon:
         )
 
     async def _listen(self, stack: AsyncExitStack) -> None:
-        settings = self.config
-        runner = web.AppRunner(
-            self._build_app(self.context),
-            handle_signals=False,
-            access_log=None,
-            keepalive_timeout=limits.HEADER_READ_S,
-            lingering_time=limits.LINGER_S,
-            shutdown_timeout=HANDLERS_END_S,
-        )
-        await runner.setup()
-        stack.push_async_callback(runner.cleanup)
-        self._site = web.TCPSite(
-            runner,
-            settings.host,
-            settings.port,
-            ssl_context=config.ssl_context(settings.tls),
-            backlog=LISTEN_BACKLOG,
-        )
-        try:
-            await self._site.start()
-        except OSError as error:
-            raise _listen_error(settings, error) from None
-        port = runner.addresses[0][1]
-        self.url = _with_port(settings, port)
-        endpoint = settings.state_path / ENDPOINT_FILE
+        self._door = Door(self.config, self._build_app(self.context))
+        stack.push_async_callback(self._door.close)
+        await self._door.open()
+        self.url = self._door.url
+        endpoint = self.config.state_path / ENDPOINT_FILE
         write_secret(endpoint, self.url)
         stack.callback(endpoint.unlink, missing_ok=True)
 
@@ -264,7 +237,7 @@ class Daemon:
     # closing
 
     async def _close_door(self) -> None:
-        await self._site.stop()
+        await self._door.shut()
         self.context.feed.close()
         await self.context.sessions.close()
         await self._tasks.close()
@@ -280,19 +253,3 @@ def read_recipes(settings: HeadConfig) -> tuple[dict[str, Recipe], dict[str, str
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRecipe(f"{root}: {error}") from None
     return {name: recipe for name, (recipe, _) in found.items()}, {name: path for name, (_, path) in found.items()}
-
-
-def _listen_error(settings: HeadConfig, error: OSError) -> HerderError:
-    where = f"{settings.host}:{settings.port}"
-    if error.errno == errno.EADDRINUSE:
-        return CannotListen(
-            f"{where} is in use by another program",
-            hint=f"`ss -ltnp sport = :{settings.port}` shows which; or set port",
-        )
-    if error.errno == errno.EACCES:
-        return CannotListen(f"{where}: this user may not listen there", hint="use a port above 1023")
-    return CannotListen(f"{where}: {error.strerror or error}", hint="is `host` an address of this machine?")
-
-
-def _with_port(settings: HeadConfig, port: int) -> str:
-    return f"{settings.url.rpartition(':')[0]}:{port}"

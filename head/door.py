@@ -1,0 +1,109 @@
+"""The door: listening, and closing connections that never ask for anything.
+
+aiohttp limits how long an idle connection may wait for its next request, but not how long it may take to send the
+first one. Whoever opens connections and says nothing, or one byte a minute, would keep them for ever; a sweep ends
+them after HEADER_READ_S.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from typing import Any
+
+from aiohttp import web
+
+from common import limits
+from common.clock import boottime_ms
+from common.errors import HerderError
+from common.telemetry import fields
+from head import config
+from head.config import HeadConfig
+
+log = logging.getLogger(__name__)
+LISTEN_BACKLOG = 4_096
+HANDLERS_END_S = 5.0
+SWEEP_S = 5.0
+
+
+class CannotListen(HerderError):
+    """The address cannot be bound."""
+
+    code, status = "cannot_listen", 500
+
+
+class Door:
+    """One listening address and the application behind it."""
+
+    def __init__(self, settings: HeadConfig, app: web.Application) -> None:
+        self.config = settings
+        self.url = settings.url
+        self._silent: dict[Any, int] = {}  # connections without a request yet -> when they were first seen
+        self._site: web.TCPSite | None = None
+        self._runner = web.AppRunner(
+            app,
+            handle_signals=False,
+            access_log=None,
+            keepalive_timeout=limits.HEADER_READ_S,
+            lingering_time=limits.LINGER_S,
+            shutdown_timeout=HANDLERS_END_S,
+        )
+
+    async def open(self) -> None:
+        """Starts the application and listens. Raises: CannotListen."""
+        settings = self.config
+        await self._runner.setup()
+        tls = config.ssl_context(settings.tls)
+        self._site = web.TCPSite(self._runner, settings.host, settings.port, ssl_context=tls, backlog=LISTEN_BACKLOG)
+        try:
+            await self._site.start()
+        except OSError as error:
+            self._site = None
+            raise _listen_error(settings, error) from None
+        self.url = f"{settings.url.rpartition(':')[0]}:{self._runner.addresses[0][1]}"
+
+    async def shut(self) -> None:
+        """Takes no new connections; those that are open go on."""
+        if self._site is not None:
+            await self._site.stop()
+            self._site = None
+
+    async def close(self) -> None:
+        """Ends every connection and the application."""
+        await self._runner.cleanup()
+
+    async def sweep_forever(self) -> None:
+        """Ends connections that take too long to ask."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self.sweep(boottime_ms())
+
+    def sweep(self, now_ms: int) -> int:
+        """Ends connections whose first request is not there after HEADER_READ_S; returns how many."""
+        server = self._runner.server
+        if server is None:
+            return 0
+        # the count is aiohttp's own and private; should it ever go away, nobody is ended
+        silent = [handler for handler in server.connections if getattr(handler, "_request_count", 1) == 0]
+        self._silent = {handler: self._silent.get(handler, now_ms) for handler in silent}
+        late = [
+            handler for handler, since_ms in self._silent.items() if now_ms - since_ms > limits.HEADER_READ_S * 1000
+        ]
+        for handler in late:
+            handler.force_close()
+        if late:
+            log.warning("connections without a request were closed", extra=fields(connections=len(late)))
+        return len(late)
+
+
+def _listen_error(settings: HeadConfig, error: OSError) -> HerderError:
+    where = f"{settings.host}:{settings.port}"
+    if error.errno == errno.EADDRINUSE:
+        return CannotListen(
+            f"{where} is in use by another program",
+            hint=f"`ss -ltnp sport = :{settings.port}` shows which; or set port",
+        )
+    if error.errno == errno.EACCES:
+        return CannotListen(f"{where}: this user may not listen there", hint="use a port above 1023")
+    return CannotListen(f"{where}: {error.strerror or error}", hint="is `host` an address of this machine?")

@@ -1,0 +1,86 @@
+"""The door: who does not ask is shown out, who asks is served."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+from aiohttp import web
+
+from common import limits
+from head.config import HeadConfig
+from head.door import CannotListen, Door
+from tests.doubles.head_shell import until
+
+
+async def answer(request: web.Request) -> web.Response:
+    """Serves a page that takes until it is released."""
+    release: asyncio.Event = request.app[RELEASE]
+    await release.wait()
+    return web.Response(text="served")
+
+
+RELEASE: web.AppKey[asyncio.Event] = web.AppKey("release", asyncio.Event)
+
+
+async def test_silent_connections_are_closed() -> None:
+    """One without a word and one with half a header end after HEADER_READ_S; one that is being served does not."""
+    app = web.Application()
+    app[RELEASE] = asyncio.Event()
+    app.router.add_get("/", answer)
+    door = Door(HeadConfig(port=0), app)
+    await door.open()
+    port = int(door.url.rpartition(":")[2])
+    connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+    (silent, _), (half, half_out), (asking, asking_out) = connections
+    half_out.write(b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+    asking_out.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    late_ms = int(limits.HEADER_READ_S * 1000) + 1
+    await until(lambda: door.sweep(1_000) == 0 and len(door._silent) == 2)
+    assert door.sweep(late_ms) == 0
+    assert door.sweep(1_000 + late_ms) == 2
+    assert await silent.read() == b""
+    assert await half.read() == b""
+    app[RELEASE].set()
+    assert (await asking.read()).endswith(b"served")
+    for _, out in connections:
+        out.close()
+        await out.wait_closed()
+    await door.close()
+
+
+async def test_an_address_that_is_not_ours_is_named() -> None:
+    """Whatever is wrong with the address, the error says which and what to do."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for host, says in (("127.0.0.1", "in use"), ("192.0.2.1", "192.0.2.1")):
+            door = Door(HeadConfig(host=host, port=taken.getsockname()[1]), web.Application())
+            with pytest.raises(CannotListen, match=says) as error:
+                await door.open()
+            assert error.value.hint
+            await door.close()
+
+
+async def test_shut_lets_the_open_ones_finish() -> None:
+    """After `shut` new connections are refused and the one being served gets its answer."""
+    app = web.Application()
+    app[RELEASE] = asyncio.Event()
+    app.router.add_get("/", answer)
+    door = Door(HeadConfig(port=0), app)
+    await door.open()
+    port = int(door.url.rpartition(":")[2])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    server = door._runner.server
+    assert server is not None
+    await until(lambda: any(handler._request_in_progress for handler in server.connections))
+    await door.shut()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", port)
+    app[RELEASE].set()
+    assert (await reader.read()).endswith(b"served")
+    writer.close()
+    await writer.wait_closed()
+    await door.close()
