@@ -67,12 +67,12 @@ class Part:
         self.is_allocated = False
 
     # opening and closing
-    def create(self) -> None:
+    def create(self, *, allocates: bool = True) -> None:
         """Makes the directory and its files. Raises: OSError (ENOSPC when the file system has no room)."""
         self.directory.mkdir(0o700)
         fsio.write_atomic(self.directory / "src.json", msgspec.json.encode(self.source))
         self._open(os.O_CREAT | os.O_EXCL)
-        self.is_allocated = fsio.allocate(self.data_fd, align_up(self.size))
+        self.is_allocated = allocates and fsio.allocate(self.data_fd, align_up(self.size))
         self.bitmap.create()
         self.files.sync(self.data_fd)
         self.files.sync_directory(self.directory)
@@ -126,6 +126,11 @@ class Part:
         for index in range(self.count):
             if self.bitmap.has(index) and self._leaf(self._leaves, index) != self._leaf(leaves, index):
                 self.bitmap.clear(index)
+
+    @property
+    def has_list(self) -> bool:
+        """Whether every chunk is compared on arrival, so that what is here is right whatever else goes wrong."""
+        return self._known is not None
 
     def leaves(self) -> bytes:
         """The digest list as landed; the blob's when every chunk is here."""
