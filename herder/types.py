@@ -146,7 +146,7 @@ class ManifestView(Answer, frozen=True):
 
 
 # nodes
-class DeviceView(Answer, frozen=True):
+class DeviceView(Answer, frozen=True, gc=False):
     """One device: bytes in all, in use by copies, reserved for what is on its way, free for new ones."""
 
     device: str

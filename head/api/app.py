@@ -99,6 +99,8 @@ def build_app(context: HeadContext) -> web.Application:
 def _background(shared: Shared, audit: AuditLog) -> Callable[[web.Application], AsyncIterator[None]]:
     async def run(app: web.Application) -> AsyncIterator[None]:
         backup.remove_leftovers(shared.context.config.state_path)
+        for ordered in shared.lists.values():
+            ordered.order()  # sorted now rather than during the first request
         audit.start()
         tasks = Supervisor("api")
         tasks.start("waiters", shared.waiters.run())

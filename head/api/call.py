@@ -183,20 +183,31 @@ class Call:
             headers=headers,
         )
 
-    def page(
+    async def page(
         self,
         name: str,
         query: ListQuery,
-        order: Iterable[pages.OrderKey],
-        row: Callable[[str], msgspec.Struct | msgspec.Raw],
+        order: Sequence[pages.OrderKey],
+        row: Callable[[str], msgspec.Struct],
         *,
         wants: Callable[[str], bool] | None = None,
     ) -> web.Response:
-        """A page of a list: `order` gives its keys in order, `row` renders one, `wants` filters."""
-        keys = order if isinstance(order, list) else list(order)
+        """A page of a list: `order` gives its keys in order, `row` renders one, `wants` filters.
+
+        Both raise KeyError for a key that has gone; filtering a long list lets the loop turn.
+        """
         after = pages.decode_cursor(name, query.cursor)
-        part = pages.take(keys, after=after, limit=query.limit, wants=wants)
-        return self.listing([row(key) for key in part.keys], pages.encode_cursor(name, part.next), part.total)
+        if wants is not None:
+            order = await pages.matching(list(order), wants)
+            await self.read()
+        part = pages.take(order, after=after, limit=query.limit)
+        rows = []
+        for key in part.keys:
+            try:
+                rows.append(row(key))
+            except KeyError:
+                continue  # deleted while the list was filtered
+        return self.listing(rows, pages.encode_cursor(name, part.next), part.total)
 
     def listing(
         self, rows: Sequence[msgspec.Struct | msgspec.Raw], next_cursor: str | None, total: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from aiohttp import web
@@ -11,6 +12,7 @@ from common import ids
 from common.errors import CopyNotFound
 from head.api import render
 from head.api.call import Call
+from head.api.pages import OrderKey
 from head.api.routes import PREFIX, ListQuery, PageOf, Route
 from head.core.events import PinRequested, RequestEvent, UnpinRequested
 from head.core.objects import Copy
@@ -32,12 +34,13 @@ async def index(call: Call) -> web.StreamResponse:
     query, state, now_ms = call.query(CopiesQuery), await call.read(), call.now_ms
     device = str(ids.parse_device(query.device)) if query.device else ""
     node = query.node or device.partition(":")[0]
+    order: Sequence[OrderKey]
     if query.model:
         order = sorted((0, key) for key in state.copies_by_model.get(query.model, ()))
     elif node:
         order = sorted((0, key) for key in state.copies_by_node.get(node, ()))
     else:
-        order = list(call.lists["copy"].order())
+        order = call.lists["copy"].order()
 
     def wants(key: str) -> bool:
         copy = state.copies[key]
@@ -47,7 +50,7 @@ async def index(call: Call) -> web.StreamResponse:
             and (query.state is None or render.state_of_copy(state, copy) == query.state)
         )
 
-    return call.page(
+    return await call.page(
         "copies",
         query,
         order,

@@ -44,7 +44,7 @@ async def index(call: Call) -> web.StreamResponse:
         job = state.jobs[job_id]
         return (query.status is None or job.state == query.status) and (not query.name or job.name == query.name)
 
-    return call.page(
+    return await call.page(
         "jobs",
         query,
         call.lists["job"].order(),

@@ -36,7 +36,7 @@ def find(state: State, key_id: str) -> ApiKey:
 
 async def index(call: Call) -> web.StreamResponse:
     query, state = call.query(KeysQuery), await call.read()
-    return call.page(
+    return await call.page(
         "keys",
         query,
         call.lists["key"].order(),

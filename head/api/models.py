@@ -55,7 +55,7 @@ async def index(call: Call) -> web.StreamResponse:
     def wants(name: str) -> bool:
         return (query.type is None or state.models[name].type == query.type) and search in name.lower()
 
-    return call.page(
+    return await call.page(
         "models",
         query,
         call.lists["model"].order(),
@@ -93,7 +93,7 @@ async def locations(call: Call) -> web.StreamResponse:
     state, now_ms = await call.read(), call.now_ms
     model = find(state, call.path("name"))
     order = sorted((0, key) for key in state.copies_by_model.get(model.name, ()))
-    return call.page(
+    return await call.page(
         f"locations:{model.name}",
         call.query(ListQuery),
         order,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import islice
 from typing import Annotated, Literal
 
-import msgspec
 from aiohttp import web
 from msgspec import Meta
 
@@ -13,6 +15,7 @@ from common.errors import NodeNotFound
 from head.api import render
 from head.api.call import Call, near
 from head.api.models import ForceQuery
+from head.api.pages import OrderKey, decode_cursor, encode_cursor
 from head.api.routes import PREFIX, ListQuery, PageOf, Route
 from head.core import node_facts
 from head.core.events import CordonRequested, DrainRequested, RemoveNodeRequested, UpdateNodeRequested
@@ -59,11 +62,11 @@ async def index(call: Call) -> web.StreamResponse:
         found = node.labels.get(name, node.agent_labels.get(name))
         return found is not None and (not has_value or found == value)
 
-    return call.page(
+    return await call.page(
         "nodes",
         query,
         call.lists["node"].order(),
-        lambda node_id: render.node_view(state, state.nodes[node_id], now_ms),
+        lambda node_id: render.node_row(state, state.nodes[node_id], now_ms),
         wants=wants if query.state or name else None,
     )
 
@@ -111,24 +114,28 @@ async def devices(call: Call) -> web.StreamResponse:
     query, state = call.query(DevicesQuery), await call.read()
     if query.node:
         find(state, query.node)
-    nodes = [state.nodes[query.node]] if query.node else state.nodes.values()
-    order = sorted((0, device) for node in nodes for device in _device_names(node, query.kind))
-    rows: dict[str, msgspec.Struct] = {}
-
-    def row(device: str) -> msgspec.Struct:
-        if device not in rows:
-            node = state.nodes[device.partition(":")[0]]
-            rows.update((view.device, view) for view in render.device_views(state, node))
-        return rows[device]
-
-    return call.page("devices", query, order, row)
+    node_ids = [query.node] if query.node else [node_id for _, node_id in call.lists["node"].order()]
+    after = decode_cursor("devices", query.cursor)
+    found = list(islice(_devices_after(state, node_ids, after, query.kind), query.limit + 1))
+    following = found[query.limit - 1][0] if len(found) > query.limit else None
+    total = sum(_device_count(state.nodes[node_id], query.kind) for node_id in node_ids)
+    return call.listing([view for _, view in found[: query.limit]], encode_cursor("devices", following), total)
 
 
-def _device_names(node: Node, kind: str | None) -> list[str]:
-    names = [f"{node.id}:{storage}" for storage in ("disk", "dram") if kind in (None, storage)]
-    if kind in (None, "gpu"):
-        names += [f"{node.id}:gpu{gpu.index}" for gpu in node.inventory.gpus]
-    return names
+def _devices_after(
+    state: State, node_ids: list[str], after: OrderKey | None, kind: str | None
+) -> Iterator[tuple[OrderKey, api.DeviceView]]:
+    """Devices with their place in the list: by node, then disk, dram and the GPUs by index."""
+    for node_id in node_ids[bisect_left(node_ids, after[1]) if after else 0 :]:
+        for place, view in enumerate(render.device_views(state, state.nodes[node_id])):
+            is_past = after is None or after[1] != node_id or place > after[0]
+            if is_past and kind in (None, view.kind):
+                yield (place, node_id), view
+
+
+def _device_count(node: Node, kind: str | None) -> int:
+    gpus = len(node.inventory.gpus)
+    return {None: 2 + gpus, "gpu": gpus}.get(kind, 1)
 
 
 def _shown(call: Call) -> web.StreamResponse:

@@ -7,6 +7,7 @@ sort by themselves, jobs by the time they were made (newest first), which is fix
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from bisect import bisect_right, insort
@@ -19,6 +20,7 @@ from common.errors import InvalidValue
 
 T = TypeVar("T")
 OrderKey = tuple[int, str]
+SLICE_KEYS = 5_000  # some milliseconds of filtering
 
 
 class Slice(NamedTuple):
@@ -70,24 +72,30 @@ class Ordered(Generic[T]):
                 insort(self._order, entry)
 
 
-def take(
-    order: Sequence[OrderKey],
-    *,
-    after: OrderKey | None,
-    limit: int,
-    wants: Callable[[str], bool] | None = None,
-) -> Slice:
-    """The next `limit` wanted keys after a cursor. Without `wants` the cost does not grow with the list."""
+def take(order: Sequence[OrderKey], *, after: OrderKey | None, limit: int) -> Slice:
+    """The next `limit` keys after a cursor; the cost does not grow with the list."""
     start = bisect_right(order, after) if after is not None else 0
-    if wants is None:
-        page = order[start : start + limit]
-        more = start + limit < len(order)
-        return Slice([key for _, key in page], page[-1] if more and page else None, len(order))
-    matching = [entry for entry in order if wants(entry[1])]
-    start = bisect_right(matching, after) if after is not None else 0
-    page = matching[start : start + limit]
-    more = start + limit < len(matching)
-    return Slice([key for _, key in page], page[-1] if more and page else None, len(matching))
+    page = order[start : start + limit]
+    has_more = start + limit < len(order)
+    return Slice([key for _, key in page], page[-1] if has_more and page else None, len(order))
+
+
+async def matching(order: Sequence[OrderKey], wants: Callable[[str], bool]) -> list[OrderKey]:
+    """The wanted keys of a list, looked at in slices between which the loop turns.
+
+    `wants` raises KeyError for a key that went away meanwhile.
+    """
+    found: list[OrderKey] = []
+    for start in range(0, len(order), SLICE_KEYS):
+        if start:
+            await asyncio.sleep(0)
+        for entry in order[start : start + SLICE_KEYS]:
+            try:
+                if wants(entry[1]):
+                    found.append(entry)
+            except KeyError:
+                continue  # deleted since the list was begun
+    return found
 
 
 class _Cursor(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

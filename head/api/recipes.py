@@ -24,7 +24,7 @@ class RecipesQuery(ListQuery, frozen=True, kw_only=True):
 async def index(call: Call) -> web.StreamResponse:
     query, state = call.query(RecipesQuery), await call.read()
     paths = call.context.recipe_paths
-    return call.page(
+    return await call.page(
         "recipes",
         query,
         sorted((0, name) for name in state.recipes),

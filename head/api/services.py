@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import msgspec
@@ -12,6 +13,7 @@ from common import ids
 from common.errors import NotFound, ServiceNotFound
 from head.api import render
 from head.api.call import Call, near
+from head.api.pages import OrderKey
 from head.api.routes import PREFIX, ListQuery, PageOf, Route, WaitQuery
 from head.core import service_views
 from head.core.events import CreateServiceRequested, DeleteServiceRequested
@@ -66,7 +68,7 @@ async def index(call: Call) -> web.StreamResponse:
             return False
         return query.state is None or service_views.service_state(state, name) == query.state
 
-    return call.page(
+    return await call.page(
         "services",
         query,
         call.lists["service"].order(),
@@ -110,12 +112,13 @@ async def delete(call: Call) -> web.StreamResponse:
 
 async def replicas(call: Call) -> web.StreamResponse:
     query, state = call.query(ReplicasQuery), await call.read()
+    order: Sequence[OrderKey]
     if query.service:
         order = sorted((0, key) for key in state.replicas_by_service.get(query.service, ()))
     elif query.node:
         order = sorted((0, key) for key in state.replicas_by_node.get(query.node, ()))
     else:
-        order = list(call.lists["replica"].order())
+        order = call.lists["replica"].order()
 
     def wants(key: str) -> bool:
         replica = state.replicas[key]
@@ -126,7 +129,7 @@ async def replicas(call: Call) -> web.StreamResponse:
         )
 
     is_filtered = bool(query.model or query.node or query.state)
-    return call.page(
+    return await call.page(
         "replicas",
         query,
         order,

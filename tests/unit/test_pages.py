@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InvalidValue
-from head.api.pages import Ordered, decode_cursor, encode_cursor, take
+from head.api.pages import Ordered, decode_cursor, encode_cursor, matching, take
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 30)), max_size=60))
@@ -53,7 +54,8 @@ def test_pages_cover_a_list_exactly_once(keys: set[str], limit: int, is_filtered
     seen: list[str] = []
     after = None
     while True:
-        part = take(order, after=after, limit=limit, wants=wants)
+        wanted = asyncio.run(matching(order, wants)) if wants else order
+        part = take(wanted, after=after, limit=limit)
         assert part.total == len(expected)
         seen += part.keys
         if part.next is None:
@@ -91,3 +93,19 @@ def test_no_cursor_means_the_beginning() -> None:
     """An empty cursor is the first page; the end has none."""
     assert decode_cursor("jobs", "") is None
     assert encode_cursor("jobs", None) is None
+
+
+def test_filtering_a_long_list_lets_the_loop_turn() -> None:
+    """Between slices others run, and what they delete is left out."""
+    table = dict.fromkeys((f"k{number:05}" for number in range(12_000)), True)
+    order = [(0, key) for key in table]
+
+    async def delete_while_filtering() -> list[tuple[int, str]]:
+        searching = asyncio.ensure_future(matching(order, lambda key: table[key]))
+        await asyncio.sleep(0)
+        del table["k11999"], table["k00000"]
+        return await searching
+
+    found = asyncio.run(delete_while_filtering())
+    assert (0, "k11999") not in found
+    assert len(found) == 11_999
