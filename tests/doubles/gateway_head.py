@@ -138,7 +138,7 @@ class GatewayHead:
 
 
 @asynccontextmanager
-async def running(folder: Path, settings: GatewayConfig = QUICK) -> AsyncIterator[GatewayHead]:
+async def running(folder: Path, settings: GatewayConfig = QUICK, *, port: int = 0) -> AsyncIterator[GatewayHead]:
     """The gateway until the block ends."""
     driver = SmallDriver()
     context = HeadContext(
@@ -162,7 +162,7 @@ async def running(folder: Path, settings: GatewayConfig = QUICK) -> AsyncIterato
     attach(app, context)
     runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", port)
     await site.start()
     head.port = runner.addresses[0][1]
     try:
