@@ -58,13 +58,15 @@ def on_result(turn: Turn, node_id: str, result: wire.Result) -> None:
 
 
 def on_tick(turn: Turn) -> None:
-    """Once a second: checks that nobody answered in time have failed."""
+    """Once a second: open questions go out again when due; those that nobody answered in time have failed."""
     for check in tuple(turn.state.checks.values()):
         age_ms = turn.now_ms - check.asked_ms
         if not check.outcome and age_ms > check.timeout_s * 1000 + limits.CHECK_GRACE_MS:
             _end(turn, check, TimedOut(f"{check.node} did not answer the health check", node=check.node).info(), {})
         elif check.outcome and age_ms > _KEPT_MS:
             turn.delete("check", check.id, "health_check_forgotten")
+        elif not check.outcome:
+            turn.touch("check", check.id)
 
 
 def reconcile(turn: Turn, key: str) -> None:

@@ -9,7 +9,7 @@ import msgspec
 from common import wire
 from common.errors import ErrorInfo
 from common.recipe import Health, Recipe, Resources
-from head.core.effects import Reply, Send
+from head.core.effects import Refuse, Reply, Send
 from head.core.events import (
     AgentReported,
     CancelJobRequested,
@@ -18,6 +18,7 @@ from head.core.events import (
     DeleteServiceRequested,
     Event,
     ResultReceived,
+    WhyRequested,
 )
 from head.core.objects import Job, Object, Replica, Service, Step
 from head.core.state import _TABLES, State, restore
@@ -116,6 +117,12 @@ class EngineWorld(World):
     def cancel(self, job: str) -> Any:
         """Cancels a job."""
         return self.request(CancelJobRequested, job=job)
+
+    def ask_why(self, kind: str, key: str) -> Any:
+        """The answer to a question (an api.Why), or the ErrorInfo."""
+        self.step(WhyRequested(request_id="why", kind=kind, key=key))
+        (answer,) = [effect for effect in self.effects if isinstance(effect, Reply | Refuse)]
+        return answer.error if isinstance(answer, Refuse) else answer.value
 
     # looking
 
