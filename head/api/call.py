@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 
 from common import limits
-from common.errors import HerderError, InvalidValue
+from common.errors import HerderError, InvalidValue, NotFound
 from head.api import pages
 from head.api.routes import ListQuery, Route
 from head.api.waiting import Waiters
@@ -141,9 +141,20 @@ class Call:
             request_sha256=self._digest() if key else "",
             **fields,
         )
-        reply = await self.context.driver.submit(made)
+        try:
+            reply = await self.context.driver.submit(made)
+        except NotFound as error:
+            self._hint_at_near_names(error)
+            raise
         self.changed = reply.reference
         return reply
+
+    def _hint_at_near_names(self, error: NotFound) -> None:
+        """Adds the nearest known names where the core only says what is missing."""
+        for kind, table in (("model", self.state.models), ("node", self.state.nodes), ("service", self.state.services)):
+            name = error.details.get(kind)
+            if error.code == f"{kind}_not_found" and isinstance(name, str):
+                error.hint = near(name, table, error.hint)
 
     def _idempotency_key(self) -> str:
         key: str = self.request.headers.get("Idempotency-Key", "")

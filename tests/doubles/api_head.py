@@ -56,11 +56,6 @@ def scripted_step(state: State, event: ev.Event, now_ms: int) -> Turn:
     """The real core, except that jobs are taken without a plan and that tests may put what they like."""
     turn = Turn(state, now_ms, cause=getattr(event, "request_id", "") or "test")
     match event:
-        case Put(thing=thing, what=what, is_gone=is_gone):
-            if is_gone:
-                turn.delete(thing.KIND, thing.key, what)
-            else:
-                turn.put(thing, what)
         case ev.CreateJobRequested():
             try:
                 if not idempotency.replayed(turn, event):
@@ -74,7 +69,19 @@ def scripted_step(state: State, event: ev.Event, now_ms: int) -> Turn:
             turn.put(msgspec.structs.replace(job, state="cancelled", ended_ms=now_ms), "job_cancelled")
             turn.reply(event, reference=f"job:{event.job}")
         case _:
-            return step(state, event, now_ms)
+            return real_step(state, event, now_ms)
+    return turn
+
+
+def real_step(state: State, event: ev.Event, now_ms: int) -> Turn:
+    """The real core; only `Put` is added."""
+    if not isinstance(event, Put):
+        return step(state, event, now_ms)
+    turn = Turn(state, now_ms, cause="test")
+    if event.is_gone:
+        turn.delete(event.thing.KIND, event.thing.key, event.what)
+    else:
+        turn.put(event.thing, event.what)
     return turn
 
 
