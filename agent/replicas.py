@@ -12,7 +12,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -53,11 +52,11 @@ class Engine:
     run: int
     shim_pid: int
     shim_ticks: int
-    session: int
     port: int
-    child: subprocess.Popen[bytes] | None = None
+    is_child: bool = False  # ours to reap
     pidfd: int = -1
     has_gpus: bool = False
+    pids: frozenset[int] = frozenset()  # processes seen, by which GPU memory is looked for after their end
     measured_ms: int = 0
     memory: tuple[int, int] = (0, 0)
 
@@ -180,32 +179,25 @@ class Replicas:
         launch = runtime.launch(setting)
         env = {**scrubbed(os.environ), **launch.env, procs.MARK: self._files.mark(order.replica, run)}
         spec = self._files.write_spec(directory, launch.argv, env, self._reported_host(), port)
-        with (directory / "shim.err").open("wb") as output:
-            child = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(SHIM), str(spec)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=output,
-                env={"PATH": os.defpath, procs.MARK: env[procs.MARK]},
-                cwd="/",
-                start_new_session=True,
-            )
+        mark = env[procs.MARK]
+        pid = _spawn_shim(spec, directory / "shim.err", mark)
         deadline = time.monotonic() + SPAWN_TIMEOUT_S
         while self._files.identity(order.replica, run) is None:
             ended = self._files.exit(order.replica, run)
             if ended is not None:
-                child.wait(SPAWN_TIMEOUT_S)
+                _reap(pid, within_s=KILL_TIMEOUT_S)
                 raise EngineMissing(f"the engine could not be executed: {ended.error}"[:400])
-            if child.poll() is not None:
+            if _reap(pid):
                 said = (directory / "shim.err").read_text(errors="replace")[-300:]
-                raise EngineFailed(f"the shim ended with {child.returncode}: {said}")
+                raise EngineFailed(f"the shim ended before the engine was executed: {said}")
             if time.monotonic() > deadline:
-                procs.kill_all(child.pid, env[procs.MARK], within_s=KILL_TIMEOUT_S)
-                child.wait(KILL_TIMEOUT_S)
+                procs.kill_all(pid, mark, within_s=KILL_TIMEOUT_S)
+                _reap(pid, within_s=KILL_TIMEOUT_S)
                 raise EngineFailed(f"the engine was not executed within {SPAWN_TIMEOUT_S:g} s")
             time.sleep(0.005)
-        ticks = (procs.read_process(child.pid) or procs.Process(child.pid, "", 0, 0, 0, 0)).start_ticks
-        return Engine(order.replica, run, child.pid, ticks, child.pid, port, child, has_gpus=bool(order.gpu_uuids))
+        process = procs.read_process(pid)
+        ticks = process.start_ticks if process is not None else 0
+        return Engine(order.replica, run, pid, ticks, port, is_child=True, has_gpus=bool(order.gpu_uuids))
 
     # finding again
     async def _attach(self, effect: fx.AttachReplica) -> None:
@@ -241,7 +233,6 @@ class Replicas:
             run,
             identity.shim_pid,
             identity.shim_ticks,
-            identity.shim_pid,
             effect.port or (spec.port if spec is not None else 0),
             has_gpus=bool(order.gpu_uuids),
         )
@@ -265,7 +256,7 @@ class Replicas:
         except ProcessLookupError:
             self._noticed(engine)
             return
-        if engine.child is None and not procs.is_running(engine.shim_pid, engine.shim_ticks):
+        if not engine.is_child and not procs.is_running(engine.shim_pid, engine.shim_ticks):
             os.close(engine.pidfd)  # another process has the number now
             engine.pidfd = -1
             self._noticed(engine)
@@ -281,7 +272,7 @@ class Replicas:
     def _noticed(self, engine: Engine) -> None:
         """The shim has ended. A child is reaped only after the sweep: till then its session's number is taken."""
         self._unwatch(engine)
-        work = self._ended(engine.replica, engine.run, has_gpus=engine.has_gpus, session=engine.session)
+        work = self._ended(engine.replica, engine.run, has_gpus=engine.has_gpus, session=engine.shim_pid)
         self._tasks.start(f"ended-{engine.replica}-{engine.run}", work)
 
     async def _ended(self, replica: str, run: int, *, has_gpus: bool, session: int = 0) -> None:
@@ -289,23 +280,20 @@ class Replicas:
         engine = self.engines.get(replica)
         if session and engine is not None and not await asyncio.to_thread(_is_still, session, engine.shim_ticks):
             session = 0
-        event = await asyncio.to_thread(self._sweep, replica, run, has_gpus, session)
+        pids = engine.pids if engine is not None and engine.run == run and has_gpus else frozenset()
+        event = await asyncio.to_thread(self._sweep, replica, run, session, pids)
         if engine is not None and engine.run == run and not event.left and not event.gpu_bytes_left:
             del self.engines[replica]
             self._taken.discard(engine.port)
-            if engine.child is not None:
-                engine.child.poll()
+            if engine.is_child:
+                _reap(engine.shim_pid)
         self._post(event)
 
-    def _sweep(self, replica: str, run: int, has_gpus: bool, session: int) -> ev.ReplicaExited:
-        mark = self._files.mark(replica, run)
-        pids = [process.pid for process in procs.members(session, mark)] if has_gpus else []
-        left = procs.kill_all(session, mark, within_s=KILL_TIMEOUT_S)
+    def _sweep(self, replica: str, run: int, session: int, pids: frozenset[int]) -> ev.ReplicaExited:
+        left = procs.kill_all(session, self._files.mark(replica, run), within_s=KILL_TIMEOUT_S)
         deadline = time.monotonic() + GPU_TIMEOUT_S
-        gpu_bytes = self._gpu_memory(pids) if pids else 0
-        while gpu_bytes and time.monotonic() < deadline:
+        while (gpu_bytes := self._gpu_memory(sorted(pids)) if pids else 0) and time.monotonic() < deadline:
             time.sleep(0.2)
-            gpu_bytes = self._gpu_memory(pids)
         directory = self._files.directory(replica, run)
         ended = self._files.exit(replica, run)
         return ev.ReplicaExited(
@@ -322,6 +310,10 @@ class Replicas:
         engine = self.engines.get(effect.replica)
         if engine is None or engine.run != effect.run:
             return  # it has ended; its ReplicaExited is on the way
+        if engine.has_gpus:
+            mark = self._files.mark(engine.replica, engine.run)
+            members = await asyncio.to_thread(procs.members, engine.shim_pid, mark)
+            engine.pids |= {process.pid for process in members}
         try:
             if procs.is_running(engine.shim_pid, engine.shim_ticks):
                 os.kill(engine.shim_pid, signal.SIGTERM)  # the shim passes it on to the engine's group
@@ -336,10 +328,10 @@ class Replicas:
             await self._ended(replica, run, has_gpus=False)
             return
         if engine.pidfd < 0:  # the shim has ended before, something was left
-            await self._ended(replica, run, has_gpus=engine.has_gpus, session=engine.session)
+            await self._ended(replica, run, has_gpus=engine.has_gpus, session=engine.shim_pid)
             return
         left = await asyncio.to_thread(
-            procs.kill_all, engine.session, mark, within_s=KILL_TIMEOUT_S, keep=engine.shim_pid
+            procs.kill_all, engine.shim_pid, mark, within_s=KILL_TIMEOUT_S, keep=engine.shim_pid
         )
         if left:
             log.error("SIGKILL did not end an engine", extra=fields(replica=replica, pids=left))
@@ -369,11 +361,12 @@ class Replicas:
             return 0, 0
         if engine.measured_ms and now_ms - engine.measured_ms < MEASURE_MS:
             return engine.memory
-        if now_ms - self._sessions[0] > MEASURE_MS // 2 or engine.session not in self._sessions[1]:
+        if now_ms - self._sessions[0] > MEASURE_MS // 2 or engine.shim_pid not in self._sessions[1]:
             self._sessions = (now_ms, await asyncio.to_thread(procs.sessions))
-        members = self._sessions[1].get(engine.session, [])
+        members = self._sessions[1].get(engine.shim_pid, [])
         resident = sum(process.resident_bytes for process in members)
         pids = [process.pid for process in members]
+        engine.pids = frozenset(pids)
         gpu = await asyncio.to_thread(self._gpu_memory, pids) if engine.has_gpus else 0
         engine.measured_ms, engine.memory = now_ms, (resident, gpu)
         return engine.memory
@@ -399,6 +392,36 @@ class Replicas:
             error = await check_url(self._http, effect.url, effect.timeout_s)
         detail = {"took_ms": boottime_ms() - started_ms}
         self._post(ev.HealthChecked(effect.op_id, effect.generation, error, detail))
+
+
+def _spawn_shim(spec: Path, errors_path: Path, mark: str) -> int:
+    """Starts a shim in a session of its own, without our files and environment; returns its pid."""
+    return os.posix_spawn(
+        sys.executable,
+        [sys.executable, "-I", "-S", str(SHIM), str(spec)],
+        {"PATH": os.defpath, procs.MARK: mark},
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 2, str(errors_path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600),
+        ],
+        setsid=True,
+        setsigmask=(),
+    )
+
+
+def _reap(pid: int, within_s: float = 0.0) -> bool:
+    """Collects a child that has ended; False while it runs."""
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            if os.waitpid(pid, os.WNOHANG)[0] == pid:
+                return True
+        except ChildProcessError:
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.01)
 
 
 def _is_still(session: int, shim_ticks: int) -> bool:

@@ -242,6 +242,7 @@ def main() -> None:
     with open(path) as file:
         spec = json.load(file)
     os.umask(0o077)
+    os.chdir("/")
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     Shim(os.path.dirname(path), spec).run()
 
