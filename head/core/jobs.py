@@ -29,7 +29,7 @@ from common.errors import (
     TimedOut,
     TooMany,
 )
-from common.ids import parse_device
+from common.ids import check_service_name, parse_device
 from head.core import (
     admission,
     copy_facts,
@@ -37,6 +37,7 @@ from head.core import (
     idempotency,
     job_files,
     job_steps,
+    service_orders,
     service_specs,
     source_urls,
 )
@@ -97,11 +98,9 @@ def _checked(state: State, step: Step) -> Step:
             raise ModelNotFound(f"no model {step.model[:200]!r}", hint="register it first", model=step.model)
         if step.source_url:
             step = replace(step, source_url=source_urls.check_source(step.source_url))
+        service_specs.check_general_config(step.config)
         if step.action == "serve":
-            service_specs.check_general_config(step.config)
-            if step.config.get("recipe"):
-                recipe = service_specs.recipe_named(state, step.config["recipe"])
-                service_specs.check_config(recipe, step.config)
+            _check_serve(state, step)
         return replace(
             step,
             source_device=_known_device(state, step.source_device),
@@ -110,6 +109,22 @@ def _checked(state: State, step: Step) -> Step:
     except HerderError as error:
         error.details.setdefault("step", step.id)
         raise
+
+
+def _check_serve(state: State, step: Step) -> None:
+    """What is known now of the engine that a serve step asks for."""
+    if step.config.get("name"):
+        check_service_name(step.config["name"])
+    model = state.models[step.model]
+    file_format = service_specs.model_format(state, model, model.revision)
+    if step.config.get("recipe"):
+        recipe = service_specs.recipe_named(state, step.config["recipe"])
+        service_specs.check_fits(recipe, model, file_format)
+    elif file_format:
+        recipe = service_specs.recipe_for(state, model, file_format)
+    else:
+        return
+    service_orders.check_spec(recipe, step.config, (str(parse_device(step.target_device)),))
 
 
 def _known_device(state: State, text: str) -> str:
@@ -180,9 +195,14 @@ class _Run:
         self.steps = list(job.steps)
         self.by_id = {step.id: index for index, step in enumerate(self.steps)}
         self.dependents: dict[str, list[int]] = {}
+        self.others: dict[str, int] = {}  # node -> steps of other jobs that run there
+        self.own: dict[str, int] = {}  # node -> steps of this job that run there now
         for index, step in enumerate(self.steps):
             for name in step.dependencies:
                 self.dependents.setdefault(name, []).append(index)
+            if step.state == "running" and step.action in HEAVY_ACTIONS:
+                node = _node_of(step)
+                self.others[node] = self.others.get(node, len(turn.state.running_steps.get(node, ()))) - 1
 
     def cancel_all(self) -> None:
         """Ends what has not begun and asks what runs to stop."""
@@ -195,15 +215,23 @@ class _Run:
 
     def settle(self) -> None:
         """Skips and begins steps until nothing follows any more; each end wakes only its dependents."""
+        for step in self.steps:
+            self._count(step)
         work = list(range(len(self.steps) - 1, -1, -1))
         while work:
             index = work.pop()
             before = self.steps[index]
             if before.state == "pending":
                 self.steps[index] = self._considered(before)
+                self._count(self.steps[index])
             after = self.steps[index]
             if after.state in STEP_ENDED and before.state not in STEP_ENDED:
                 work.extend(reversed(self.dependents.get(after.id, ())))
+
+    def _count(self, step: Step) -> None:
+        if step.state == "running" and step.action in HEAVY_ACTIONS:
+            node = _node_of(step)
+            self.own[node] = self.own.get(node, 0) + 1
 
     def _considered(self, step: Step) -> Step:
         dependencies = [self.steps[self.by_id[name]] for name in step.dependencies]
@@ -237,12 +265,8 @@ class _Run:
         """Why a step has to wait for a free place on its node, in words; "" when it need not."""
         node = _node_of(step)
         state = self.turn.state
-        old = sum(f"{self.job.id}/{other.id}" in state.running_steps.get(node, ()) for other in self.steps)
-        own = sum(
-            other.state == "running" and other.action in HEAVY_ACTIONS and _node_of(other) == node
-            for other in self.steps
-        )
-        free = limits.STEPS_RUNNING_PER_NODE - (len(state.running_steps.get(node, ())) - old + own)
+        others = self.others.get(node, len(state.running_steps.get(node, ())))
+        free = limits.STEPS_RUNNING_PER_NODE - others - self.own.get(node, 0)
         if free <= 0:
             return f"waits for a free place: {limits.STEPS_RUNNING_PER_NODE} steps run on {node}"
         queued = state.queued_steps.get(node, ())

@@ -97,7 +97,7 @@ def _addressed(state: State, node_id: str, op: str, generation: int) -> Replica 
 def _stop_stray(turn: Turn, node_id: str, status: wire.ReplicaStatus) -> None:
     """An engine that is no longer wanted there (or never was, by this journal) is told to stop."""
     generation = max(status.generation + 1, turn.state.revision)
-    if status.state in ("stopping", "stopped"):
+    if status.state == "stopping":
         return
     body = wire.StopReplica(replica=status.replica, grace_s=limits.REPLICA_STOP_GRACE_S)
     op = commands.op_id(commands.REPLICA, status.replica)
