@@ -32,7 +32,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from common import limits
-from common.errors import HerderError, Internal, StateCorrupt, StateReadOnly, StateTooNew
+from common.errors import HerderError, Internal, StateCorrupt, StateReadOnly, StateTooNew, TooMany, Unavailable
 from common.statedir import sync_folder
 from common.telemetry import fields
 from head.core.objects import KINDS, Object
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 QUERY_ROWS = 10_000
+ASKING = 64  # questions that wait for the writer thread; more would make commits wait behind them
 PRUNE_ROWS = 1_000  # history is pruned in strokes of at least this many
 BACKUP_STEP_PAGES = 256
 PROBLEM_HINT = "free space on the head's disk; it resumes by itself once its journal can be written"
@@ -54,6 +55,21 @@ _PUT = (
     " ON CONFLICT (kind, key) DO UPDATE SET revision = excluded.revision, body = excluded.body"
 )
 _HISTORY_COLUMNS = "revision, at_ms, what, cause, kind, key, detail"
+_NEVER = 2**63 - 1
+# Each part walks one index backwards and stops at the limit: left to itself the planner would scan the whole history.
+# '@' ends a model's name in the keys of its copies and manifests; 'A' is the character after it.
+_STORY = (
+    " UNION ".join(
+        f"SELECT * FROM (SELECT {_HISTORY_COLUMNS} FROM history INDEXED BY {index} WHERE {where}"
+        " AND (:kind = '' OR kind = :kind) AND revision < :before ORDER BY revision DESC LIMIT :limit)"
+        for index, where in (
+            ("history_by_key", "key = :id"),
+            ("history_by_cause", "cause = :id"),
+            ("history_by_key", "key >= :id || '@' AND key < :id || 'A'"),
+        )
+    )
+    + " ORDER BY revision DESC LIMIT :limit"
+)
 
 
 class Row(NamedTuple):
@@ -128,6 +144,7 @@ class Journal:
         self._queue: queue.SimpleQueue[_Commit | _Call | None] = queue.SimpleQueue()
         self._postponed: deque[_Call] = deque()
         self._history_rows = 0
+        self._asking = 0
         self._connection: sqlite3.Connection
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
 
@@ -152,11 +169,17 @@ class Journal:
         return result
 
     async def ask(self, work: Callable[[], T]) -> T:
-        """Runs work on the writer thread and awaits it."""
+        """Runs work on the writer thread and awaits it. Raises: TooMany, and what the work raises."""
+        if self._asking >= ASKING:
+            raise TooMany("too many questions to the journal at once", hint="try again in a moment")
         call = _Call(work)
-        self._queue.put(call)
-        result: T = await asyncio.wrap_future(call.future)
-        return result
+        self._asking += 1
+        try:
+            self._queue.put(call)
+            result: T = await asyncio.wrap_future(call.future)
+            return result
+        finally:
+            self._asking -= 1
 
     async def commit(self, rows: Sequence[Row]) -> None:
         """Makes the rows durable, all or none. Cancelling the wait does not cancel the commit.
@@ -184,13 +207,8 @@ class Journal:
 
         kind: only objects of this kind. before: only revisions below, to page backwards.
         """
-        # '@' ends the name in keys of copies and manifests; 'A' is the character after it
-        where = "(key = :id OR cause = :id OR (key >= :id || '@' AND key < :id || 'A'))"
-        where += " AND kind = :kind" if kind else ""
-        where += " AND revision < :before" if before else ""
-        sql = f"SELECT {_HISTORY_COLUMNS} FROM history WHERE {where} ORDER BY revision DESC LIMIT :limit"  # noqa: S608
-        values = {"id": id, "kind": kind, "before": before, "limit": _capped(limit)}
-        return await self.ask(lambda: self._lines(sql, values))
+        values = {"id": id, "kind": kind, "before": before or _NEVER, "limit": _capped(limit)}
+        return await self.ask(lambda: self._lines(_STORY, values))
 
     async def backup(self, target: Path) -> None:
         """Copies the journal to a new file while commits go on; the file appears whole, checked and durable.
@@ -374,8 +392,14 @@ class Journal:
         return state
 
     def _lines(self, sql: str, values: Any) -> list[StoryLine]:
-        lines = [StoryLine(at, revision, what, kind, key, cause, msgspec.json.decode(detail))
-                 for revision, at, what, cause, kind, key, detail in self._connection.execute(sql, values)]  # fmt: skip
+        try:
+            rows = self._connection.execute(sql, values).fetchall()
+        except sqlite3.Error as error:
+            raise Unavailable(f"the journal cannot be read: {error}", hint="look at the head's disk") from None
+        lines = [
+            StoryLine(at, revision, what, kind, key, cause, msgspec.json.decode(detail))
+            for revision, at, what, cause, kind, key, detail in rows
+        ]
         return sorted(lines, key=lambda line: line.revision)
 
     def _backup(self, part: Path) -> None:

@@ -44,6 +44,12 @@ def restore(backup: Path, state_dir: Path, *, is_forced: bool = False, allow_net
     """
     if not backup.is_file():
         raise InvalidConfig(f"{backup} is not a file")
+    wal = backup.with_name(f"{backup.name}-wal")
+    if wal.exists() and wal.stat().st_size:
+        raise InvalidConfig(
+            f"{backup} is a journal in use, not a backup: part of it is in {wal.name}",
+            hint="make a backup with `herder backup FILE`; copied files lose what is in the WAL",
+        )
     owned = StateDir.open(state_dir, daemon="herder-head", allow_network_fs=allow_network_fs)
     try:
         target = owned.path / FILE_NAME

@@ -12,7 +12,16 @@ import msgspec
 import pytest
 
 from common import limits
-from common.errors import Conflict, HerderError, InvalidConfig, StateCorrupt, StateLocked, StateReadOnly, StateTooNew
+from common.errors import (
+    Conflict,
+    HerderError,
+    InvalidConfig,
+    StateCorrupt,
+    StateLocked,
+    StateReadOnly,
+    StateTooNew,
+    TooMany,
+)
 from common.statedir import StateDir
 from head import journal as journal_module
 from head.core.objects import Copy, Job, Meta, Step, copy_key
@@ -201,6 +210,30 @@ def test_history_tells_stories(journal: Journal) -> None:
     assert asyncio.run(story("req-8")) == [(3, "model_registered")]
     assert asyncio.run(journal.history(after=1, limit=1))[0].detail == {"bytes": 5}
     assert [line.revision for line in asyncio.run(journal.history(limit=2, newest=True))] == [2, 3]
+
+
+def test_stories_use_their_indices(journal: Journal) -> None:
+    """No part of a story's query scans the history: it may hold half a million lines, and commits wait meanwhile."""
+    values = {"id": "a", "kind": "", "before": 5, "limit": 3}
+    plan = journal.call(
+        lambda: [row[3] for row in journal._connection.execute(f"EXPLAIN QUERY PLAN {journal_module._STORY}", values)]
+    )
+    searches = [line for line in plan if "history" in line]
+    assert len(searches) == 3
+    assert all(line.startswith("SEARCH history USING INDEX history_by_") for line in searches), plan
+
+
+def test_questions_are_limited(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many at once are refused, and commits are not."""
+    monkeypatch.setattr(journal_module, "ASKING", 2)
+
+    async def flood() -> list[object]:
+        stories = [journal.story("a") for _ in range(5)]
+        return await asyncio.gather(*stories, journal.commit([encode(record(1, "a"))]), return_exceptions=True)
+
+    *stories, commit = asyncio.run(flood())
+    assert [isinstance(story, TooMany) for story in stories] == [False, False, True, True, True]
+    assert commit is None
 
 
 def test_history_is_pruned_and_objects_are_not(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,6 +435,11 @@ class TestRestore:
                 restore(file, tmp_path / "new")
         with pytest.raises(InvalidConfig, match="not a file"):
             restore(tmp_path / "nowhere", tmp_path / "new")
+        live = tmp_path / "live.sqlite"
+        live.write_bytes(backup.read_bytes())
+        (tmp_path / "live.sqlite-wal").write_bytes(b"frames")
+        with pytest.raises(InvalidConfig, match="a journal in use"):
+            restore(live, tmp_path / "new")
         assert not (tmp_path / "new" / FILE_NAME).exists()
 
 
