@@ -463,6 +463,7 @@ class Health(Answer, frozen=True):
     uptime_s: float
     alarms: tuple[str, ...] = ()
     timestamp_ms: int = 0
+    timestamp: str = ""  # the same as UTC text
 
 
 class RecipeView(Answer, frozen=True):

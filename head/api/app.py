@@ -72,9 +72,9 @@ def routes_of(context: HeadContext) -> tuple[Route, ...]:
 def build_app(context: HeadContext) -> web.Application:
     """The application, gateway included where the context has one. Start it with `AppRunner(app)`."""
     routes = routes_of(context)
-    shared = Shared(context)
-    shared.documents = docs.Documents(openapi.document(routes, version=context.version))
     audit = AuditLog(context.config.state_path / "audit.log")
+    shared = Shared(context, audit)
+    shared.documents = docs.Documents(openapi.document(routes, version=context.version))
     door = middleware.Door(context)
     app = web.Application(
         middlewares=[middleware.around(context, audit)],

@@ -16,6 +16,8 @@ async def health(call: Call) -> web.StreamResponse:
     """In full. Answers also while the journal cannot be written: that is when it is needed most."""
     driver = call.context.driver
     alarms = tuple(f"{name}: {text}" for name, text in sorted(driver.alarms.items()))
+    if call.shared.audit.lost:
+        alarms += (f"audit_log: {call.shared.audit.lost} lines were lost since the start",)
     view = render.health_view(
         call.state,
         version=call.context.version,

@@ -50,6 +50,7 @@ async def index(call: Call) -> web.StreamResponse:
         call.lists["job"].order(),
         lambda job_id: render.job_view(state, state.jobs[job_id], now_ms),
         wants=wants if query.status or query.name else None,
+        weight=lambda job_id: len(state.jobs[job_id].steps),
     )
 
 

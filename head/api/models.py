@@ -61,6 +61,7 @@ async def index(call: Call) -> web.StreamResponse:
         call.lists["model"].order(),
         lambda name: render.model_view(state, state.models[name], now_ms),
         wants=wants if query.type or search else None,
+        weight=lambda name: len(state.copies_by_model.get(name, ())),
     )
 
 

@@ -24,10 +24,10 @@ SLICE_KEYS = 5_000  # some milliseconds of filtering
 
 
 class Slice(NamedTuple):
-    """One page: the keys on it, the order key to go on after (None at the end), how many there are in all."""
+    """One page: its entries, whether there are more, how many there are in all."""
 
-    keys: list[str]
-    next: OrderKey | None
+    entries: Sequence[OrderKey]
+    has_more: bool
     total: int
 
 
@@ -75,9 +75,7 @@ class Ordered(Generic[T]):
 def take(order: Sequence[OrderKey], *, after: OrderKey | None, limit: int) -> Slice:
     """The next `limit` keys after a cursor; the cost does not grow with the list."""
     start = bisect_right(order, after) if after is not None else 0
-    page = order[start : start + limit]
-    has_more = start + limit < len(order)
-    return Slice([key for _, key in page], page[-1] if has_more and page else None, len(order))
+    return Slice(order[start : start + limit], start + limit < len(order), len(order))
 
 
 async def matching(order: Sequence[OrderKey], wants: Callable[[str], bool]) -> list[OrderKey]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from typing import Any, cast
 
 import msgspec
@@ -259,17 +260,17 @@ def _leases(state: State, copy: Copy) -> int:
     return engines + (readers if storage == "disk" else 0)
 
 
-_sizes: dict[str, int] = {}
+_sizes: dict[str, tuple[Manifest, int]] = {}
 
 
 def _manifest_bytes(manifest: Manifest) -> int:
-    """Bytes of all files, kept per digest (which covers every size)."""
-    size = _sizes.get(manifest.digest)
-    if size is None:
+    """Bytes of all files, added up once per manifest."""
+    kept = _sizes.get(manifest.digest)
+    if kept is None or kept[0] is not manifest:
         if len(_sizes) >= _SIZES:
             _sizes.clear()
-        size = _sizes[manifest.digest] = manifest.size_bytes
-    return size
+        kept = _sizes[manifest.digest] = (manifest, manifest.size_bytes)
+    return kept[1]
 
 
 def model_view(state: State, model: Model, now_ms: int) -> api.ModelView:
@@ -487,6 +488,7 @@ def health_view(
         uptime_s=round(max(0, now_ms - state.started_ms) / 1000, 1),
         alarms=alarms,
         timestamp_ms=now_ms,
+        timestamp=datetime.fromtimestamp(now_ms // 1000, UTC).isoformat(),
     )
 
 

@@ -74,6 +74,7 @@ async def index(call: Call) -> web.StreamResponse:
         call.lists["service"].order(),
         lambda name: render.service_view(state, state.services[name]),
         wants=wants if query.model or query.state else None,
+        weight=lambda name: len(state.replicas_by_service.get(name, ())),
     )
 
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +291,25 @@ def test_a_body_that_never_comes_times_out(tmp_path: Path, monkeypatch: pytest.M
             )
             assert (await reader.readline()).split(b" ")[1] == b"504"
             assert b"timed_out" in await reader.read(65_536)
+            writer.close()
+
+    run(body)
+
+
+def test_slow_headers_end_the_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that sends its headers byte by byte is cut off at the limit, however busy it looks."""
+    monkeypatch.setattr(limits, "HEADER_READ_S", 0.3)
+
+    async def body() -> None:
+        async with api_head(tmp_path) as head:
+            reader, writer = await asyncio.open_connection("127.0.0.1", head.port)
+            writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
+            reading = asyncio.ensure_future(reader.read())
+            while not reading.done():
+                writer.write(b"X: y\r\n")
+                await asyncio.wait([reading], timeout=0.05)
+            with suppress(ConnectionError):
+                assert await reading == b""
             writer.close()
 
     run(body)

@@ -14,7 +14,7 @@ from common import wire
 from common.manifest import Manifest, ManifestFile
 from head.api.app import ROUTES
 from head.api.routes import ListOf, Media, PageOf
-from head.core.objects import Copy, Job, Model, ModelManifest, Object, Pin, Replica, Service
+from head.core.objects import Copy, Job, Model, ModelManifest, Object, Pin, Replica, Service, Step
 from herder import types as api
 from tests.doubles.api_head import ApiHead, api_head, node, run, until
 from tests.doubles.head_shell import SwitchJournal
@@ -217,6 +217,23 @@ def test_lists_come_in_pages(tmp_path: Path) -> None:
     run(body)
 
 
+def test_heavy_rows_make_shorter_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of many steps come fewer to a page, at least one, and still each exactly once."""
+    monkeypatch.setattr("head.api.call.PAGE_PARTS", 10)
+
+    async def body() -> None:
+        async with api_head(tmp_path) as head:
+            for number, count in enumerate((4, 4, 4, 30, 1, 9, 2, 30), 1):
+                steps = tuple(Step(str(index), "copy") for index in range(count))
+                await head.put(Job(f"job-{number}", "j", "x", "pending", 100 - number, steps))
+            first = (await head.call("GET", "/jobs?limit=100")).json
+            assert [job["id"] for job in first["items"]] == ["job-1", "job-2"]
+            assert first["total"] == 8
+            assert [job["id"] for job in await _walk(head, "/jobs", 100)] == [f"job-{number}" for number in range(1, 9)]
+
+    run(body)
+
+
 def test_a_cursor_survives_changes_and_belongs_to_its_list(tmp_path: Path) -> None:
     """What is added or removed between two pages moves nothing; another list's cursor is refused."""
 
@@ -269,6 +286,7 @@ def test_operations_keep_the_names_of_the_model_store(tmp_path: Path) -> None:
             health = (await head.call("GET", "/health", role="viewer")).json
             assert health["status"] == "healthy"
             assert health["timestamp_ms"] > 0
+            assert health["timestamp"].startswith("20")
             assert (await head.call("GET", "/", role=None)).json["version"] == "9.9"
 
     run(body)

@@ -227,6 +227,21 @@ def test_changes_are_audited_without_secrets(tmp_path: Path) -> None:
     run(body)
 
 
+def test_a_lossy_audit_log_is_an_alarm(tmp_path: Path) -> None:
+    """Changes that could not be written down show in /health; they are not refused."""
+
+    async def body() -> None:
+        async with api_head(tmp_path) as head:
+            (tmp_path / "audit.log").mkdir()
+            assert (await head.call("POST", "/models", {"name": "m"})).status == 201
+            await until(lambda: head.audit.lost == 1)
+            health = (await head.call("GET", "/health")).json
+            assert health["status"] == "degraded"
+            assert "audit_log" in health["alarms"][0]
+
+    run(body)
+
+
 @pytest.mark.parametrize("path", ["/replicas/chat-0/logs", "/events", "/backup", "/agent"])
 def test_streams_are_behind_the_door_too(tmp_path: Path, path: str) -> None:
     """No stream opens without a token."""

@@ -22,7 +22,7 @@ from common.clock import SystemClock
 from common.errors import IdempotencyMismatch
 from common.recipe import load_recipes
 from head.api.app import SHARED, build_app
-from head.api.waiting import Waiters
+from head.api.call import Shared
 from head.auth import new_token
 from head.config import HeadConfig
 from head.context import HeadContext, RandomIds
@@ -134,12 +134,13 @@ class Answer(NamedTuple):
 class ApiHead:
     """The running head and a client."""
 
-    def __init__(self, context: HeadContext, http: aiohttp.ClientSession, url: str, waiters: Waiters) -> None:
+    def __init__(self, context: HeadContext, http: aiohttp.ClientSession, url: str, shared: Shared) -> None:
         self.context = context
         self.http = http
         self.url = url
         self.tokens: dict[str, str] = {}
-        self.waiters = waiters
+        self.waiters = shared.waiters
+        self.audit = shared.audit
 
     @property
     def state(self) -> State:
@@ -218,7 +219,7 @@ async def api_head(
     await site.start()
     port = runner.addresses[0][1]
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as http:
-        head = ApiHead(context, http, f"http://127.0.0.1:{port}", app[SHARED].waiters)
+        head = ApiHead(context, http, f"http://127.0.0.1:{port}", app[SHARED])
         for role in ROLES:
             token, digest = new_token(role, f"key-{role}", "s" * 43 + role)
             head.tokens[role] = token
