@@ -231,6 +231,11 @@ def _take_success(turn: Turn, copy: Copy, result: wire.Result) -> None:
         turn.put(kept, "manifest_made", cause=copy.cause, bytes=manifest.size_bytes)
     become_ready(turn, copy, size=manifest.size_bytes, digest=manifest.digest)
     rebalance(turn, ids.parse_device(copy.device))
+    if known is None:  # copies that were admitted without a size have one now
+        keys = sorted(turn.state.copies_by_model.get(copy.model, ()))
+        others = [other for other in (turn.state.copies[key] for key in keys) if not other.bytes]
+        for device in dict.fromkeys(other.device for other in others if not is_projection(other)):
+            rebalance(turn, ids.parse_device(device))
 
 
 def _drop_later(turn: Turn, copy: Copy, error: ErrorInfo) -> None:

@@ -78,7 +78,7 @@ def offer(turn: Turn, copy: Copy, chosen: Plan) -> None:
 def release(state: State, key: str) -> None:
     """Forgets from whom a copy reads; it has ended or begins anew."""
     for served in state.offered.pop(key, ()):
-        node = served.rpartition("|")[2].partition(":")[0]
+        node = _serving_node(served)
         readers = state.readers.get(node)
         if readers is not None:
             readers.pop(key, None)
@@ -86,9 +86,19 @@ def release(state: State, key: str) -> None:
                 del state.readers[node]
 
 
-def forget_node(state: State, node_id: str) -> None:
-    """Nobody reads from a node that is gone."""
-    state.readers.pop(node_id, None)
+def forget_node(turn: Turn, node_id: str) -> None:
+    """Nobody reads from a node that was removed; what else they were offered stays."""
+    state = turn.state
+    for key in tuple(state.readers.get(node_id, ())):
+        before = state.offered[key]
+        release(state, key)
+        _note(state, key, tuple(served for served in before if _serving_node(served) != node_id))
+
+        def take_back(key: str = key, before: tuple[str, ...] = before) -> None:
+            release(state, key)
+            _note(state, key, before)
+
+        turn.on_rollback(take_back)
 
 
 def origin_readers(state: State, copy: Copy) -> int:
@@ -103,7 +113,12 @@ def origin_readers(state: State, copy: Copy) -> int:
 def _note(state: State, key: str, offered: tuple[str, ...]) -> None:
     state.offered[key] = offered
     for served in offered:
-        state.readers[served.rpartition("|")[2].partition(":")[0]][key] = None
+        state.readers[_serving_node(served)][key] = None
+
+
+def _serving_node(key: str) -> str:
+    """The node of a copy's key."""
+    return key.rpartition("|")[2].partition(":")[0]
 
 
 def _plan_from_device(state: State, copy: Copy, now_ms: int) -> Plan:

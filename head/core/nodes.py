@@ -104,7 +104,7 @@ def remove(turn: Turn, event: RemoveNodeRequested) -> None:
             turn.delete("copy", copy.key, "copy_forgotten", reason="the node was removed")
     turn.delete("node", node.id, "node_removed", actor=event.actor)
     state.lost_ms.pop(node.id, None)
-    copy_sources.forget_node(state, node.id)
+    copy_sources.forget_node(turn, node.id)
     services.on_node_lost(turn, node.id)
     turn.reply(event, reference=f"node:{node.id}")
 
