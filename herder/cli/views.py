@@ -14,7 +14,7 @@ Rows = list[list[str]]
 FINISHED = ("completed", "skipped")
 
 MODELS = (
-    Column("NAME", shrinks_to=16),
+    Column("NAME", shrinks_to=24),
     Column("TYPE", rank=2),
     Column("FORMAT", rank=3),
     Column("SIZE", is_number=True),
@@ -22,17 +22,17 @@ MODELS = (
     Column("SERVED", shrinks_to=6, rank=1),
 )
 COPIES = (
-    Column("MODEL", shrinks_to=14),
-    Column("DEVICE", shrinks_to=12),
+    Column("MODEL", shrinks_to=20),
+    Column("DEVICE", shrinks_to=18),
     Column("STATE"),
     Column("SIZE", is_number=True),
     Column("RATE", is_number=True, rank=3),
     Column("LEFT", is_number=True, rank=2),
     Column("USED", is_number=True, rank=4),
-    Column("NOTE", shrinks_to=6, rank=1),
+    Column("NOTE", shrinks_to=14, rank=1),
 )
 NODES = (
-    Column("NODE", shrinks_to=12),
+    Column("NODE", shrinks_to=24),
     Column("STATE"),
     Column("GPUS", is_number=True),
     Column("DISK FREE", is_number=True),
@@ -42,7 +42,7 @@ NODES = (
     Column("SEEN", is_number=True, rank=3),
 )
 DEVICES = (
-    Column("DEVICE", shrinks_to=12),
+    Column("DEVICE", shrinks_to=24),
     Column("TOTAL", is_number=True),
     Column("USED", is_number=True),
     Column("RESERVED", is_number=True, rank=2),
@@ -52,18 +52,18 @@ DEVICES = (
     Column("NAME", shrinks_to=8, rank=4),
 )
 SERVICES = (
-    Column("SERVICE", shrinks_to=12),
-    Column("MODEL", shrinks_to=14),
+    Column("SERVICE", shrinks_to=20),
+    Column("MODEL", shrinks_to=18),
     Column("STATE"),
     Column("READY", is_number=True),
     Column("RECIPE", rank=1),
     Column("WHERE", shrinks_to=12, rank=2),
 )
 REPLICAS = (
-    Column("REPLICA", shrinks_to=12),
+    Column("REPLICA", shrinks_to=20),
     Column("STATE"),
-    Column("DEVICE", shrinks_to=10),
-    Column("ENDPOINT", shrinks_to=15),
+    Column("DEVICE", shrinks_to=16),
+    Column("ENDPOINT"),
     Column("MEMORY", is_number=True, rank=2),
     Column("RESTARTS", is_number=True, rank=1),
     Column("UP", is_number=True, rank=3),
@@ -98,7 +98,7 @@ RECIPES = (
     Column("CATEGORY", rank=2),
     Column("RUNTIME", rank=1),
     Column("FORMATS", shrinks_to=8),
-    Column("DESCRIPTION", shrinks_to=16),
+    Column("DESCRIPTION", shrinks_to=20),
 )
 LINES = (
     Column("TIME"),
