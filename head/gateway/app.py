@@ -29,7 +29,7 @@ from common.errors import (
     UpstreamFailed,
 )
 from head.api.call import near
-from head.api.middleware import REQUEST_ID, Door
+from head.api.middleware import REQUEST_ID, Door, as_herder_error
 from head.context import HeadContext
 from head.core.events import ModelsUsed
 from head.core.service_views import Route, is_serving, routes, service_state
@@ -37,7 +37,7 @@ from head.core.state import State
 from head.gateway import openai
 from head.gateway.metering import NOBODY, Metering
 from head.gateway.probing import Prober
-from head.gateway.proxy import ClientGone, Outcome, Proxy, Timeouts
+from head.gateway.proxy import ClientGone, Outcome, Proxy, Timeouts, Unreachable
 from head.gateway.routing import FindRoutes, LeastOutstanding, Loads, Lookup, Policy, eligible
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
@@ -112,8 +112,8 @@ class Gateway:
             wanted = openai.read_wanted(body)
             service, outcome = await self._serve(request, wanted.model, body)
             code = outcome.code
-            if outcome.first_s is not None:
-                metering.first_token(service, outcome.first_s)
+            if outcome.first_at:
+                metering.first_token(service, outcome.first_at - began)
             prompt, completion = openai.read_usage(outcome.tail)
             if prompt or completion:
                 metering.count_tokens(service, prompt, completion)
@@ -128,6 +128,11 @@ class Gateway:
         except asyncio.CancelledError:
             code = "client_gone"
             raise
+        except Exception as error:  # the border: what nobody expected is logged, and the client gets our form
+            failure = as_herder_error(error, request)
+            if request.writer.output_size > 0:
+                raise failure from error  # the answer has begun: the middleware cuts the connection
+            return openai.error_response(failure)
         finally:
             metering.in_flight -= 1
             metering.disconnects += code == "client_gone"
@@ -180,14 +185,11 @@ class Gateway:
             loads = self._loads
             loads.begin(route.replica)
             try:
-                try:
-                    connection = await self._proxy.connect(route)
-                except OSError:  # TimeoutError is one
-                    self._set_aside(route, tried)
-                    continue
-                if name != route.served_name:
-                    body = openai.with_model(body, route.served_name)
-                outcome = await self._proxy.forward(request, route, connection, body, request.get(REQUEST_ID, ""))
+                sent = body if name == route.served_name else openai.with_model(body, route.served_name)
+                outcome = await self._proxy.forward(request, route, sent, request.get(REQUEST_ID, ""))
+            except Unreachable:
+                self._set_aside(route, tried)
+                continue
             except UpstreamFailed as error:
                 self._prober.doubt(route)
                 error.details["service"] = route.service

@@ -26,6 +26,7 @@ JSON_BYTES = 1_048_576  # a longer JSON answer is passed on as it comes
 EVENT_BYTES = 1_048_576  # a longer event is passed on in parts
 TAIL_PIECES = 4
 TAIL_BYTES = 8_192  # where an answer's usage is looked for
+STALE_S = 1.0  # a used connection that ends so soon after a request was closed by an engine that did not see it
 SWEEP_S = 0.25  # how often deadlines, and clients that left silently, are looked at
 
 _FORWARDED = ("Content-Type", "Accept", "User-Agent", "Traceparent", "Tracestate")
@@ -42,12 +43,16 @@ class Timeouts(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a request ended, for the counters. `first_s`: from its begin to the first piece of a stream."""
+    """How a request ended, for the counters. `first_at`: loop time of a stream's first piece, else 0."""
 
     response: web.StreamResponse
     code: str
-    first_s: float | None
+    first_at: float
     tail: bytes
+
+
+class Unreachable(Exception):
+    """The engine accepts no connection; the request has not left."""
 
 
 class ClientGone(Exception):
@@ -127,6 +132,9 @@ class Exchange:
             payload = self._whole_events(payload)
             if not payload:
                 return
+        self._pass_on(payload)
+
+    def _pass_on(self, payload: bytes) -> None:
         self._tail.append(payload)
         transport = self._transport
         if transport is None:
@@ -145,8 +153,7 @@ class Exchange:
         if self._held:
             rest = bytes(self._held)
             self._held.clear()
-            self.is_sse = False
-            self.on_data(rest)  # a last event without its blank line
+            self._pass_on(rest)  # a last event without its blank line
         self.is_ready = True
         self._wake()
 
@@ -286,27 +293,25 @@ class Proxy:
         self._timer: asyncio.TimerHandle | None = None
         self._sweep_s = min(SWEEP_S, timeouts.first_byte / 4, timeouts.idle / 4)
 
-    async def connect(self, route: Route, *, is_fresh: bool = False) -> Connection:
-        """A connection to the replica. Raises: OSError, TimeoutError."""
-        return await self.pool.acquire((route.host, route.port), is_fresh=is_fresh)
+    async def forward(self, request: web.Request, route: Route, body: bytes, request_id: str) -> Outcome:
+        """Carries out the exchange.
 
-    async def forward(
-        self, request: web.Request, route: Route, connection: Connection, body: bytes, request_id: str
-    ) -> Outcome:
-        """Carries out the exchange. Raises: UpstreamFailed, TimedOut before anything was sent; ClientGone."""
-        began = asyncio.get_running_loop().time()
+        Raises: Unreachable when the engine accepts no connection; UpstreamFailed, TimedOut before anything was sent
+        to the client; ClientGone.
+        """
+        loop = asyncio.get_running_loop()
         head = request_head(request, route, len(body), request_id)
+        connection = await self._connect(route, is_fresh=False)
+        began = loop.time()
         exchange = await self._exchange(request, connection, head, body)
-        if exchange.failure is not None and connection.is_reused and not connection.has_answered:
+        is_stale = connection.is_reused and not connection.has_answered and loop.time() - began < STALE_S
+        if is_stale and isinstance(exchange.failure, UpstreamFailed):
             # The engine closed an idle connection just as we took it: it has not seen the request.
             self._discard(exchange)
-            try:
-                connection = await self.connect(route, is_fresh=True)
-            except OSError as error:  # TimeoutError is one
-                raise UpstreamFailed("the engine does not accept connections any more") from error
+            connection = await self._connect(route, is_fresh=True)
             exchange = await self._exchange(request, connection, head, body)
         try:
-            return await self._answer(request, exchange, began, route.api_key)
+            return await self._answer(request, exchange, route.api_key)
         finally:
             self._discard(exchange)
 
@@ -320,6 +325,12 @@ class Proxy:
     def active_count(self) -> int:
         """Exchanges on their way."""
         return len(self._active)
+
+    async def _connect(self, route: Route, *, is_fresh: bool) -> Connection:
+        try:
+            return await self.pool.acquire((route.host, route.port), is_fresh=is_fresh)
+        except OSError as error:  # TimeoutError is one
+            raise Unreachable from error
 
     async def _exchange(self, request: web.Request, connection: Connection, head: bytes, body: bytes) -> Exchange:
         """Sends the request and waits until the client can be answered."""
@@ -336,7 +347,7 @@ class Proxy:
             raise
         return exchange
 
-    async def _answer(self, request: web.Request, exchange: Exchange, began: float, secret: str) -> Outcome:
+    async def _answer(self, request: web.Request, exchange: Exchange, secret: str) -> Outcome:
         if exchange.is_gone:
             raise ClientGone
         if exchange.failure is not None:
@@ -351,20 +362,17 @@ class Proxy:
                 content = openai.engine_error(head.status, content, secret=secret)
                 headers["content-type"] = "application/json"
             response = web.Response(status=head.status, body=content, headers=headers)
-            first_s = exchange.first_at - began if exchange.is_sse else None
-            return Outcome(response, code, first_s, exchange.tail)
-        return await self._stream(request, exchange, head, headers, began)
+            return Outcome(response, code, exchange.first_at if exchange.is_sse else 0.0, exchange.tail)
+        return await self._stream(request, exchange, head, headers)
 
-    async def _stream(
-        self, request: web.Request, exchange: Exchange, head: Head, headers: dict[str, str], began: float
-    ) -> Outcome:
+    async def _stream(self, request: web.Request, exchange: Exchange, head: Head, headers: dict[str, str]) -> Outcome:
         is_chunked = request.version >= HttpVersion11
         was_sse = exchange.is_sse
         response = web.StreamResponse(status=head.status, headers=headers)
-        await response.prepare(request)
-        exchange.attach(is_chunked=is_chunked)
         code = "ok" if head.status < 400 else f"upstream_{head.status}"
         try:
+            await response.prepare(request)
+            exchange.attach(is_chunked=is_chunked)
             while not (exchange.has_ended or exchange.failure or exchange.is_gone):
                 if exchange.is_paused:
                     await request.writer.drain()  # ends too when the client leaves, or is cut off by the sweep
@@ -380,7 +388,7 @@ class Proxy:
         except ConnectionError:
             if exchange.failure is None:
                 raise ClientGone from None
-        return Outcome(response, code, exchange.first_at - began if was_sse else None, exchange.tail)
+        return Outcome(response, code, exchange.first_at if was_sse else 0.0, exchange.tail)
 
     def _discard(self, exchange: Exchange) -> None:
         exchange.close()

@@ -51,6 +51,7 @@ class Connection(asyncio.Protocol):
         "_body",
         "_buffer",
         "_continues",
+        "_is_paused",
         "_is_persistent",
         "_left",
         "_pool",
@@ -74,6 +75,7 @@ class Connection(asyncio.Protocol):
         self._body: ChunkedBody | None = None
         self._left: int | None = None  # bytes of the body still to come; None: until the end of the connection
         self._is_persistent = False
+        self._is_paused = False
         self._continues = 0
 
     def send(self, sink: Sink, request: bytes, body: bytes) -> None:
@@ -95,12 +97,14 @@ class Connection(asyncio.Protocol):
 
     def pause(self) -> None:
         """Takes in no more until `resume`."""
-        if self._transport is not None and not self._transport.is_closing():
+        if self._transport is not None and not self._is_paused and not self._transport.is_closing():
+            self._is_paused = True
             self._transport.pause_reading()
 
     def resume(self) -> None:
         """Takes in again."""
-        if self._transport is not None and not self._transport.is_closing():
+        if self._transport is not None and self._is_paused and not self._transport.is_closing():
+            self._is_paused = False
             self._transport.resume_reading()
 
     def abort(self) -> None:
@@ -205,6 +209,7 @@ class Connection(asyncio.Protocol):
     def _end(self) -> None:
         sink, self._sink = self._sink, None
         if self._is_persistent and self.is_usable:
+            self.resume()  # the last piece may have been one too many for the client
             self._pool.give_back(self)
         elif self._transport is not None:
             self._transport.close()
@@ -238,8 +243,11 @@ class Pool:
                 connection.is_reused = True
                 return connection
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(self._connect_timeout_s):
-            _, made = await loop.create_connection(lambda: Connection(self, address), *address)
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, made = await loop.create_connection(lambda: Connection(self, address), *address)
+        except (UnicodeError, OverflowError) as error:
+            raise OSError(f"{address[0]}:{address[1]} is no address") from error
         return made
 
     def give_back(self, connection: Connection) -> None:

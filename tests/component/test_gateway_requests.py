@@ -365,6 +365,13 @@ class TestReplicas:
             assert answer.status == 502
             assert "2 replicas" in answer.error["message"]
 
+    @pytest.mark.parametrize("host", ["127.0.0.1.", "no such host", "x" * 300, "[::1"])
+    async def test_unusable_address_is_a_502(self, tmp_path: Path, host: str) -> None:
+        """An address that an agent made up breaks nothing."""
+        async with gateway_head.running(tmp_path) as head:
+            head.add_replica(closed_port(), host=host)
+            assert (await ask(head)).status == 502
+
     async def test_suspect_node_is_asked_first(self, tmp_path: Path) -> None:
         """A replica whose node has no session gets a request only after it answered a probe."""
         async with stub_engine.running() as engine, gateway_head.running(tmp_path) as head:

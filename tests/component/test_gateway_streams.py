@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from head.config import GatewayConfig
+from head.gateway import proxy
 from tests.doubles import gateway_head, stub_engine
 from tests.doubles.gateway_head import MODEL, GatewayHead, client, until
 from tests.doubles.stub_engine import StubEngine
@@ -233,6 +234,48 @@ async def test_connections_are_used_again(tmp_path: Path) -> None:
         for body in (PLAIN, STREAM, PLAIN):
             assert (await post(head, body))[0] == 200
         assert engine.connections == 1
+
+
+async def test_connection_that_was_held_back_is_read_again(tmp_path: Path) -> None:
+    """An answer whose last piece paused the engine's connection does not leave the next request unread."""
+    engine = StubEngine(answer=b'{"data":"%b"}' % (b"x" * proxy.JSON_BYTES))
+    async with stub_engine.running(engine), gateway_head.running(tmp_path) as head:
+        head.add_replica(engine.port)
+        for _ in range(4):
+            assert (await post(head, PLAIN))[1] == engine.answer
+        assert engine.connections == 1
+
+
+async def test_silent_engine_is_not_asked_twice(tmp_path: Path) -> None:
+    """A request that timed out on a used connection is given up, not sent again."""
+    engine = StubEngine()
+    quick = GatewayConfig(first_byte_timeout_s=0.2)
+    async with stub_engine.running(engine), gateway_head.running(tmp_path, quick) as head:
+        head.add_replica(engine.port)
+        assert (await post(head, PLAIN))[0] == 200
+        engine.fault = "hang"
+        assert (await post(head, PLAIN))[0] == 504
+        assert len(engine.requests) == 2
+
+
+@pytest.mark.parametrize("events", [[], [b": ping\n\n"]])
+async def test_stream_without_events_ends(tmp_path: Path, events: list[bytes]) -> None:
+    """A stream that says nothing is passed on as it is."""
+    async with stub_engine.running(StubEngine(events=events)) as engine, gateway_head.running(tmp_path) as head:
+        head.add_replica(engine.port)
+        status, body, _ = await post(head, STREAM)
+        assert (status, body) == (200, b"".join(events))
+
+
+async def test_bug_is_an_error_in_openai_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody expected is a 500 that tells nothing of itself."""
+    monkeypatch.setattr(proxy, "request_head", lambda *_: 1 / 0)
+    async with stub_engine.running() as engine, gateway_head.running(tmp_path) as head:
+        head.add_replica(engine.port)
+        status, body, _ = await post(head, PLAIN)
+        assert status == 500
+        assert set(json.loads(body)["error"]) == {"message", "type", "code", "param"}
+        assert b"division" not in body
 
 
 async def _ask_raw(head: GatewayHead, version: str = "1.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
