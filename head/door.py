@@ -16,7 +16,7 @@ from aiohttp import web
 
 from common import limits
 from common.clock import boottime_ms
-from common.errors import HerderError
+from common.errors import HerderError, InvalidConfig, PortTaken
 from common.telemetry import fields
 from head import config
 from head.config import HeadConfig
@@ -25,12 +25,6 @@ log = logging.getLogger(__name__)
 LISTEN_BACKLOG = 4_096
 HANDLERS_END_S = 5.0
 SWEEP_S = 5.0
-
-
-class CannotListen(HerderError):
-    """The address cannot be bound."""
-
-    code, status = "cannot_listen", 500
 
 
 class Door:
@@ -51,7 +45,7 @@ class Door:
         )
 
     async def open(self) -> None:
-        """Starts the application and listens. Raises: CannotListen."""
+        """Starts the application and listens. Raises: PortTaken, InvalidConfig."""
         settings = self.config
         await self._runner.setup()
         tls = config.ssl_context(settings.tls)
@@ -100,10 +94,10 @@ class Door:
 def _listen_error(settings: HeadConfig, error: OSError) -> HerderError:
     where = f"{settings.host}:{settings.port}"
     if error.errno == errno.EADDRINUSE:
-        return CannotListen(
+        return PortTaken(
             f"{where} is in use by another program",
             hint=f"`ss -ltnp sport = :{settings.port}` shows which; or set port",
         )
     if error.errno == errno.EACCES:
-        return CannotListen(f"{where}: this user may not listen there", hint="use a port above 1023")
-    return CannotListen(f"{where}: {error.strerror or error}", hint="is `host` an address of this machine?")
+        return InvalidConfig(f"{where}: this user may not listen there", hint="use a port above 1023")
+    return InvalidConfig(f"{where}: {error.strerror or error}", hint="is `host` an address of this machine?")

@@ -9,8 +9,9 @@ import pytest
 from aiohttp import web
 
 from common import limits
+from common.errors import HerderError, InvalidConfig, PortTaken
 from head.config import HeadConfig
-from head.door import CannotListen, Door
+from head.door import Door
 from tests.doubles.head_shell import until
 
 
@@ -55,9 +56,13 @@ async def test_an_address_that_is_not_ours_is_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        for host, says in (("127.0.0.1", "in use"), ("192.0.2.1", "192.0.2.1")):
+        cases: list[tuple[str, type[HerderError], str]] = [
+            ("127.0.0.1", PortTaken, "in use"),
+            ("192.0.2.1", InvalidConfig, "192.0.2.1"),
+        ]
+        for host, kind, says in cases:
             door = Door(HeadConfig(host=host, port=taken.getsockname()[1]), web.Application())
-            with pytest.raises(CannotListen, match=says) as error:
+            with pytest.raises(kind, match=says) as error:
                 await door.open()
             assert error.value.hint
             await door.close()
