@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -276,6 +278,33 @@ async def test_bug_is_an_error_in_openai_form(tmp_path: Path, monkeypatch: pytes
         assert status == 500
         assert set(json.loads(body)["error"]) == {"message", "type", "code", "param"}
         assert b"division" not in body
+
+
+@pytest.fixture
+def server_tls(tmp_path: Path) -> ssl.SSLContext:
+    """A server's side of TLS, with a certificate of its own making."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=localhost", "-days", "1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context
+
+
+async def test_streams_pass_through_tls(tmp_path: Path, server_tls: ssl.SSLContext) -> None:
+    """Behind TLS too, events arrive one by one and a client that leaves is noticed."""
+    engine = StubEngine(gate=asyncio.Semaphore(1))
+    async with stub_engine.running(engine), gateway_head.running(tmp_path, tls=server_tls) as head, client() as http:
+        assert engine.gate is not None
+        head.add_replica(engine.port)
+        url = head.url.replace("http:", "https:") + CHAT
+        async with http.post(url, json=STREAM, headers=head.headers(), ssl=False) as answer:
+            assert await answer.content.readexactly(len(engine.events[0])) == engine.events[0]
+            engine.gate.release()
+            assert await answer.content.readexactly(len(engine.events[1])) == engine.events[1]
+            answer.close()
+        await until(lambda: engine.gone == 1)
 
 
 async def _ask_raw(head: GatewayHead, version: str = "1.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:

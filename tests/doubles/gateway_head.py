@@ -6,6 +6,7 @@ The driver is a small one: it holds the state, remembers what was posted, and ta
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -138,7 +139,9 @@ class GatewayHead:
 
 
 @asynccontextmanager
-async def running(folder: Path, settings: GatewayConfig = QUICK, *, port: int = 0) -> AsyncIterator[GatewayHead]:
+async def running(
+    folder: Path, settings: GatewayConfig = QUICK, *, port: int = 0, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[GatewayHead]:
     """The gateway until the block ends."""
     driver = SmallDriver()
     context = HeadContext(
@@ -162,7 +165,7 @@ async def running(folder: Path, settings: GatewayConfig = QUICK, *, port: int = 
     attach(app, context)
     runner = web.AppRunner(app, handle_signals=False, access_log=None, shutdown_timeout=1.0)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", port)
+    site = web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls)
     await site.start()
     head.port = runner.addresses[0][1]
     try:
