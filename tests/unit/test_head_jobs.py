@@ -164,6 +164,13 @@ class TestRunning:
         job = world.job(*[download() for _ in range(1000)])
         assert world.the_job(job).state == "completed"
 
+    def test_so_does_one_that_is_written_backwards(self) -> None:
+        """Each step that ends lets its dependents follow in the same turn, wherever they stand in the file."""
+        world = new_world()
+        world.fetched("m", "n1:disk", GIB)
+        job = world.job(*[graph(f"s{n}", *([f"s{n + 1}"] if n < 299 else [])) for n in range(300)])
+        assert world.the_job(job).state == "completed"
+
     def test_a_source_of_ones_own_is_used(self) -> None:
         """`source` of a download wins over what is registered."""
         world = new_world()
@@ -190,7 +197,7 @@ class TestQueue:
         world, _ = self._full()
         job = world.job(download())
         assert world.states(job) == ["pending"]
-        assert "waits for a free place" in world.the_step(job).note
+        assert world.the_step(job).note == "waits for a free place: 8 steps run on n1"
         other = world.job(download("n2:disk"))
         assert world.states(other) == ["running"]
 
@@ -346,6 +353,14 @@ class TestEngines:
         world, _, _ = self._serving(config={"name": "mine"})
         assert list(world.state.services) == ["mine"]
 
+    def test_another_jobs_engine_is_not_changed(self) -> None:
+        """Who asks for another port does not restart an engine under its users."""
+        world, _, replica = self._serving()
+        world.ready(replica)
+        other = world.job({"action": "serve", "model": "m", "device": "n1:gpu0", "port": 8080})
+        assert world.the_step(other).error.code == "already_exists"  # type: ignore[union-attr]
+        assert world.state.services["m-gpu0"].port == 0
+
     def test_a_failed_engine_fails_the_step_with_its_last_words(self) -> None:
         """The log says what an operator needs."""
         world, job, replica = self._serving()
@@ -460,6 +475,15 @@ class TestCancel:
         first, second = world.job(download()), world.job(download())
         world.cancel(first)
         assert (world.states(first), world.states(second)) == (["cancelled"], ["running"])
+        assert world.state.copies["m@main|n1:disk"].desired == "present"
+
+    def test_a_fetch_that_something_else_began_goes_on(self) -> None:
+        """The step only waited for it."""
+        world = new_world()
+        world.want("m", "n1:disk", cause="someone")
+        job = world.job(download())
+        world.cancel(job)
+        assert world.states(job) == ["cancelled"]
         assert world.state.copies["m@main|n1:disk"].desired == "present"
 
     def test_an_engine_that_it_started_is_stopped(self) -> None:

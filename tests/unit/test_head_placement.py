@@ -212,6 +212,15 @@ class TestScores:
         assert {world.replica(f"svc-{slot}").node for slot in range(3)} == {"n1", "n2", "n3"}
         assert world.replica("svc-0").node == "n2"
 
+    def test_a_service_spreads_before_nodes_fill_evenly(self) -> None:
+        """A second replica beside the first would fall with it."""
+        world = new_world(n1={}, n2={})
+        world.serve("svc", devices=("n1:disk",))
+        for name in ("x", "y"):
+            world.serve(name, devices=("n2:disk",))
+        assert choose(world).node == "n2"
+        assert choose(world, service="z", replica="z-0").node == "n1"
+
     def test_a_node_where_it_failed_comes_last(self) -> None:
         """But comes, when it is the only one."""
         world = new_world(n1={}, n2={})

@@ -508,6 +508,19 @@ class TestProjections:
         world.stopped()
         assert key not in world.state.copies
 
+    def test_two_engines_of_a_model_on_one_gpu_show_one_copy(self) -> None:
+        """When the first goes, the second stands for it."""
+        world = EngineWorld()
+        world.add_node("n1", gpus=(24 * GIB,))
+        world.add_model("m", "n1")
+        for name in ("s1", "s2"):
+            world.serve(name, devices=("n1:gpu0",), config={"gpu_memory_bytes": 8 * GIB})
+        key = copy_key("m", "main", "n1:gpu0")
+        assert world.state.copies[key].replica == "s1-0"
+        world.unserve("s1")
+        world.stopped("s1-0")
+        assert world.state.copies[key].replica == "s2-0"
+
     def test_the_disk_copy_under_an_engine_is_in_use(self) -> None:
         """It may be neither dropped nor evicted while an engine stands on it."""
         world = world_with("n1")
