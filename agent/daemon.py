@@ -245,7 +245,7 @@ class Agent:
             self.holder = HolderClient(
                 self.state_dir.path / "holder" / "holder.sock",
                 self.driver.post,
-                arguments=("--budget", str(self.inventory.dram_budget_bytes)),
+                budget_bytes=self.inventory.dram_budget_bytes,
                 rng=self.rng,
             )
             self.tasks.start("holder", self.holder.run(), is_critical=True)

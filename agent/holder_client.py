@@ -25,14 +25,14 @@ STABLE_MS = 60_000
 
 
 class HolderClient:
-    """One connection at a time. `arguments` follow the socket's path on the holder's command line."""
+    """One connection at a time. `budget_bytes`: what a holder that is started here may hold."""
 
     def __init__(
         self,
         socket_path: Path,
         post: Callable[[ev.Event], None],
         *,
-        arguments: tuple[str, ...] = (),
+        budget_bytes: int,
         rng: random.Random | None = None,
         command: tuple[str, ...] = (sys.executable, "-P", "-m", "agent.holder"),
     ) -> None:
@@ -46,7 +46,7 @@ class HolderClient:
         self._socket_path = socket_path
         self._post = post
         self._rng = rng or random.Random()
-        self._command = (*command, str(socket_path), *arguments)
+        self._command = (*command, "--socket", str(socket_path), "--budget", str(budget_bytes))
         self._writer: asyncio.StreamWriter | None = None
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -23,6 +23,7 @@ from common.backoff import ceiling_ms
 from common.errors import ErrorInfo
 
 ENDED = frozenset({"stopped", "failed"})
+SIGILL = -4
 
 
 # commands
@@ -314,6 +315,9 @@ def _fail(turn: Turn, task: ReplicaTask, error: ErrorInfo, exit_code: int | None
 def _exit_error(exit_code: int | None) -> ErrorInfo:
     if exit_code is None:
         return errors.EngineFailed("the engine is gone; nobody saw how it ended").info()
+    if exit_code == SIGILL:
+        hint = "this build of the engine uses instructions that this CPU does not have; install another build"
+        return errors.EngineFailed("the engine met an illegal instruction", hint=hint, exit_code=exit_code).info()
     how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"exited with code {exit_code}"
     return errors.EngineFailed(f"the engine {how}", hint="see `herder logs`", exit_code=exit_code).info()
 
