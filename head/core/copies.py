@@ -28,7 +28,7 @@ from common.errors import (
 )
 from head.core import admission, commands, copy_sources, eviction, node_facts, replica_facts, source_urls
 from head.core.admission import device_exists, free_bytes
-from head.core.copy_changes import fail, lose, op_of, rebalance, send_ensure, wake
+from head.core.copy_changes import fail, op_of, rebalance, replan, send_ensure, wake
 from head.core.copy_facts import (
     NOT_BEGUN,
     backing_of,
@@ -180,14 +180,13 @@ def touch_used(turn: Turn, key: str) -> None:
 
 
 def on_node_rebooted(turn: Turn, node_id: str) -> None:
-    """RAM is empty after a boot: dram copies that something needs are planned anew, others are gone."""
+    """RAM is empty after a boot: dram copies that shall be present are loaded anew.
+
+    One that is being dropped stays in the books until the agent confirms: its ledger may still say otherwise.
+    """
     for copy in _own_copies(turn.state, node_id):
-        if storage_of(copy) != "dram":
-            continue
-        if copy.desired == "absent":
-            turn.delete("copy", copy.key, "copy_dropped", reason="the node was booted")
-        else:
-            lose(turn, copy, "the node was booted")
+        if storage_of(copy) == "dram" and copy.desired == "present" and copy.state != "failed":
+            replan(turn, copy, "copy_lost", error=None, attempts=0, not_before_ms=0)
 
 
 def on_node_lost(turn: Turn, node_id: str) -> None:

@@ -17,7 +17,7 @@ from head.core.state import State
 from head.core.turn import Turn
 
 NOT_BEGUN = ("planned", "waiting")
-IN_FLIGHT = ("reserved", "fetching", "verifying", "syncing")
+IN_FLIGHT = ("reserved", "fetching", "verifying", "syncing", "loading")  # loading: disk to RAM
 _LOCAL_SCHEMES = ("file://",)
 
 

@@ -464,6 +464,29 @@ class TestDram:
         copy = world.state.copies[DRAM]
         assert (copy.state, copy.is_locked, copy.bytes) == ("ready", True, 10)
 
+    def test_loading_is_progress(self) -> None:
+        """The agent's word for bringing a copy to RAM."""
+        world = make(dram=GIB)
+        world.fetched("m", "n1:disk", 10)
+        world.want("m", "n1:dram")
+        world.progress("n1", DRAM, "loading", 5, 10)
+        assert world.state.copies[DRAM].state == "loading"
+        world.report("n1", status(world.state.copies[DISK]), status(world.state.copies[DRAM], "loading"))
+        assert world.state.copies[DRAM].state == "loading"
+
+    def test_a_drop_is_not_taken_as_done_by_a_boot(self) -> None:
+        """The agent's ledger may still hold the copy; only its answer ends the drop."""
+        world = make(dram=GIB)
+        world.fetched("m", "n1:dram", 10)
+        world.close("n1")
+        drop(world, DRAM)
+        world.hello("n1", inventory(dram=GIB), boot_id="second")
+        world.report("n1", status(world.state.copies[DISK]))
+        assert isinstance(world.command(wire.DropCopy), wire.Command)
+        assert DRAM in world.state.copies
+        world.result(DRAM)
+        assert DRAM not in world.state.copies
+
     def test_a_failing_disk_copy_fails_it(self) -> None:
         """The reason is the disk copy's."""
         world = make(dram=GIB)

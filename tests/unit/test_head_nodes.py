@@ -23,7 +23,7 @@ from head.core.events import (
 )
 from head.core.nodes import interval_ms, is_placeable, lease_ms, node_state
 from herder import types as api
-from tests.doubles.head_core import GIB, SECRET, World, inventory
+from tests.doubles.head_core import GIB, SECRET, World, inventory, status
 
 
 def sent(world: World, kind: type[wire.Message]) -> list[wire.Message]:
@@ -171,14 +171,19 @@ class TestHello:
         assert world.session("n1") == "old"
 
     def test_boot_of_a_node_loses_its_ram_copies(self) -> None:
-        """After a boot nothing is in RAM; the disk copy stays."""
+        """After a boot nothing is in RAM until it is loaded anew; the disk copy stays."""
         world = World()
         world.join("n1", dram=GIB)
         world.register("m", "https://host/m.gguf")
         key = world.fetched("m", "n1:dram", 1000)
+        disk = world.state.copies["m@main|n1:disk"]
+        before = world.state.copies[key].generation
         world.hello("n1", inventory(dram=GIB), boot_id="boot-2")
-        assert key not in world.state.copies
-        assert world.state.copies["m@main|n1:disk"].state == "ready"
+        assert world.state.copies[key].state == "planned"
+        assert world.state.copies[key].generation > before
+        world.report("n1", status(disk))
+        assert [command.op_id for command in world.commands()] == [f"copy:{key}"]
+        assert world.state.copies[disk.key].state == "ready"
 
 
 class TestLease:
