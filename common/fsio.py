@@ -122,7 +122,7 @@ def align_up(size: int) -> int:
 
 
 def aligned_buffer(size: int) -> mmap.mmap:
-    """Page-aligned anonymous memory of at least `size` bytes, for O_DIRECT. Close it after use."""
+    """Page-aligned anonymous memory of at least `size` bytes, for O_DIRECT; freed with its last view."""
     return mmap.mmap(-1, max(align_up(size), ALIGN_BYTES))
 
 

@@ -8,6 +8,7 @@ disk for the next one, except where it is of no use: cancelled with discard, a w
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 
@@ -18,12 +19,12 @@ from agent.mover.config import MoverConfig
 from agent.mover.measure import measured
 from agent.mover.part import Part, PartSource, finished
 from agent.mover.protocol import Fetch
-from agent.mover.sources import Origin, RemoteFile, SourceChanged, origin_for
+from agent.mover.sources import Listing, Origin, RemoteFile, SourceChanged, origin_for
 from agent.mover.transfer import Feed, Round, Task
 from agent.store import publish
 from agent.store.digests import check_leaves, check_manifest, hex_of
 from agent.store.disk import DiskStore
-from common import ids
+from common import backoff, ids
 from common.errors import (
     Cancelled,
     DigestMismatch,
@@ -31,6 +32,7 @@ from common.errors import (
     HerderError,
     InvalidSource,
     SizeMismatch,
+    SourceFailed,
 )
 from common.manifest import Manifest, ManifestFile, chunk_bytes_for
 
@@ -63,6 +65,7 @@ class FetchJob:
         self._parts: dict[str, Part] = {}  # path -> open part
         self._token = request.token
         self._errors: list[HerderError] = []
+        self._rng = random.Random()
 
     def cancel(self, *, discard: bool) -> None:
         """Ends the fetch soon; `discard` also removes what has landed."""
@@ -99,7 +102,7 @@ class FetchJob:
                 if not origin.is_peer:
                     continue
                 try:
-                    manifest = origin.listing().manifest
+                    manifest = self._listing(origin).manifest
                     break
                 except HerderError as error:
                     self._errors.append(error)
@@ -135,9 +138,24 @@ class FetchJob:
             return InvalidSource("no source was given")
         return self._errors[-1] if all(error.is_retryable for error in self._errors) else _first_final(self._errors)
 
+    def _listing(self, origin: Origin) -> Listing:
+        """What a source has; asked again, as a transfer is, while it fails in a way that can pass."""
+        for attempt in range(1, self._config.attempts + 1):
+            try:
+                return origin.listing()
+            except SourceFailed as error:
+                if attempt == self._config.attempts:
+                    raise
+                delay_ms = backoff.full_jitter_ms(
+                    attempt, base_ms=self._config.retry_base_ms, cap_ms=self._config.retry_cap_ms, rng=self._rng
+                )
+                self._cancelled.wait(max(delay_ms / 1000, float(error.details.get("retry_after_s", 0.0))))
+                self.check_cancelled()
+        raise AssertionError("unreachable")
+
     # without a manifest
     def _by_listing(self, origin: Origin) -> Manifest:
-        files = list(origin.listing().files)
+        files = list(self._listing(origin).files)
         for restart in range(RESTARTS):
             try:
                 return self._attempt(origin, files)
@@ -226,7 +244,7 @@ class FetchJob:
         feeds = []
         for origin in sorted(origins, key=lambda origin: not origin.is_peer):
             try:
-                files = origin.files_of(manifest) if hasattr(origin, "files_of") else origin.listing().files
+                files = origin.files_of(manifest) if hasattr(origin, "files_of") else self._listing(origin).files
             except HerderError as error:
                 self._errors.append(error)
                 continue

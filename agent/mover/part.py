@@ -141,17 +141,12 @@ class Part:
         kept = 0
         buffer = fsio.aligned_buffer(self.chunk_bytes)
         stored = os.pread(self.leaves_fd, len(self._leaves), 0).ljust(len(self._leaves), b"\0")
-        try:
-            for index in self.bitmap.candidates():
-                data = self.read_chunk(index, buffer)
-                digest = chunk_digest(data)
-                data.release()
-                if digest == self._leaf(self._known or stored, index):
-                    self._leaves[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES] = digest
-                    self.bitmap.set(index)
-                    kept += 1
-        finally:
-            buffer.close()
+        for index in self.bitmap.candidates():
+            digest = chunk_digest(self.read_chunk(index, buffer))
+            if digest == self._leaf(self._known or stored, index):
+                self._leaves[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES] = digest
+                self.bitmap.set(index)
+                kept += 1
         if kept:
             self._unsynced_bytes += kept * self.chunk_bytes
             self.checkpoint()

@@ -43,7 +43,8 @@ class Task:
 
     def claim(self, feed: Feed) -> tuple[int, int] | None:
         """(first, count) of a run that this feed may fetch, marked as claimed."""
-        limit = 1 << 60 if self in feed.streams else max(1, min(RUN_CHUNKS, RUN_BYTES // self.part.chunk_bytes))
+        share = self.left // (2 * feed.origin.connections)  # so that a small file still keeps every connection busy
+        limit = 1 << 60 if self in feed.streams else max(1, min(RUN_CHUNKS, RUN_BYTES // self.part.chunk_bytes, share))
         first = next((index for index in range(self.cursor, self.part.count) if self._is_free(index, feed)), None)
         if first is None:
             return None
@@ -179,7 +180,7 @@ class Round:
         return SourceFailed(f"{task.path}: no source has it", path=task.path)
 
     def _start(self, feed: Feed) -> None:
-        runs = sum(-(-task.left // RUN_CHUNKS) for task in self.tasks)
+        runs = sum(task.left for task in self.tasks)
         with self.lock:
             self._active.append(feed)
         for index in range(max(1, min(feed.origin.connections, runs))):
@@ -319,6 +320,7 @@ class _Worker:
         self._connection: Connection | None = None
         self._opening_since = 0.0
         self._rng = random.Random()
+        self._view = memoryview(b"")
         self.thread = threading.Thread(target=self._run, name=f"fetch-{feed.name[:40]}", daemon=True)
 
     def interrupt(self) -> None:
@@ -424,36 +426,33 @@ class _Worker:
                 raise SourceChanged(f"{remote.path}: the source has another file now")
 
     def _receive(self, stream: Stream, task: Task, waiting: list[int]) -> None:
-        buffer = fsio.aligned_buffer(min(PIECE_BYTES, task.part.chunk_bytes))
-        view = memoryview(buffer)
-        try:
-            for index in list(waiting):
-                digest = self._chunk(stream, task.part, index, view, writes=True)
-                waiting.remove(index)
-                self._round.land(self._feed, task, index, digest)
-        finally:
-            view.release()
-            buffer.close()
+        view = self._buffer(task.part.chunk_bytes)
+        for index in list(waiting):
+            digest = self._chunk(stream, task.part, index, view, writes=True)
+            waiting.remove(index)
+            self._round.land(self._feed, task, index, digest)
 
     def _receive_all(self, stream: Stream, task: Task, waiting: list[int]) -> None:
         """The whole file in order. What is here is compared: a difference means that the source has changed."""
         part = task.part
-        buffer = fsio.aligned_buffer(min(PIECE_BYTES, part.chunk_bytes))
-        view = memoryview(buffer)
-        try:
-            for index in range(part.count):
-                is_mine = self._take(task, index, waiting)
-                digest = self._chunk(stream, part, index, view, writes=is_mine)
-                if is_mine:
-                    waiting.remove(index)
-                    self._round.land(self._feed, task, index, digest)
-                elif part.bitmap.has(index) and not part.agrees(index, digest):
-                    raise SourceChanged(f"{task.path}: the source gives other bytes than before")
-                if task.left == 0 and not task.sha256:
-                    return
-        finally:
-            view.release()
-            buffer.close()
+        view = self._buffer(part.chunk_bytes)
+        for index in range(part.count):
+            is_mine = self._take(task, index, waiting)
+            digest = self._chunk(stream, part, index, view, writes=is_mine)
+            if is_mine:
+                waiting.remove(index)
+                self._round.land(self._feed, task, index, digest)
+            elif part.bitmap.has(index) and not part.agrees(index, digest):
+                raise SourceChanged(f"{task.path}: the source gives other bytes than before")
+            if task.left == 0 and not task.sha256:
+                return
+
+    def _buffer(self, chunk_bytes: int) -> memoryview:
+        """This thread's aligned buffer; freed with the thread (an error's traceback may hold slices of it)."""
+        size = min(PIECE_BYTES, chunk_bytes)
+        if len(self._view) < size:
+            self._view = memoryview(fsio.aligned_buffer(size))
+        return self._view
 
     def _take(self, task: Task, index: int, waiting: list[int]) -> bool:
         if index in waiting:

@@ -28,8 +28,7 @@ def hash_blob(
     fd = _open(store, row.blob)
     size = os.fstat(fd).st_size
     leaves = bytearray()
-    buffer = fsio.aligned_buffer(row.chunk_bytes)
-    view = memoryview(buffer)
+    view = memoryview(fsio.aligned_buffer(row.chunk_bytes))
     try:
         for index in range(chunk_count(size, row.chunk_bytes)):
             if cancelled.is_set():
@@ -44,8 +43,6 @@ def hash_blob(
             leaves += chunk_digest(view[: min(filled, wanted)])
             progress(wanted)
     finally:
-        view.release()
-        buffer.close()
         os.close(fd)
     return bytes(leaves)
 
