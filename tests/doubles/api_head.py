@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import msgspec
+import uvloop
 from aiohttp import web
 
 from common import wire
@@ -236,13 +237,13 @@ async def api_head(
 
 
 def run(test: Callable[[], Awaitable[None]], timeout_s: float = 60.0) -> None:
-    """Runs a test's coroutine on a fresh loop, with a limit."""
+    """Runs a test's coroutine on a fresh loop of the kind that the daemon runs on, with a limit."""
 
     async def limited() -> None:
         async with asyncio.timeout(timeout_s):
             await test()
 
-    asyncio.run(limited())
+    uvloop.run(limited())
 
 
 async def until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
