@@ -1,9 +1,9 @@
 """/events: every change as it becomes durable, over SSE or a websocket, with resume from an id.
 
 A reader that comes back says the last id it saw. What is no longer in memory is read from the journal's history; when
-even that does not reach back, the stream begins with `reset`: the reader has missed something and reads anew what it
-shows. A reader too slow for its queue is dropped and resumes the same way. Quiet streams carry a comment (SSE) or a
-ping now and then, so that both ends notice a dead connection.
+even that does not reach back, or the id is one that this head never gave, the stream begins with `reset`: the reader
+has missed something and reads anew what it shows. A reader too slow for its queue is dropped and resumes the same
+way. Quiet streams carry a comment (SSE) or a ping now and then, so that both ends notice a dead connection.
 """
 
 from __future__ import annotations
@@ -121,6 +121,9 @@ async def _pump(
 ) -> None:
     """Sends history, then what the feed brings, until either side ends. None is sent for `reset`."""
     last_id = after or 0
+    if last_id > call.context.feed.last_id:  # an id of another time: of another cluster, or from before a restore
+        await send(None)
+        last_id = 0
     if subscription.has_missed:
         async for event in _history(call, last_id):
             if event is None or event in wanted:

@@ -161,6 +161,18 @@ def test_a_gap_begins_with_reset(tmp_path: Path) -> None:
     run(body)
 
 
+def test_an_id_that_was_never_given_begins_with_reset(tmp_path: Path) -> None:
+    """After a restore of an older backup readers hold ids of the future; they must not wait for those in silence."""
+
+    async def body() -> None:
+        async with api_head(tmp_path) as head, sse(head, last_id=10**12) as frames:
+            assert (await anext(frames)).event == "reset"
+            await head.put(a_model("a"))
+            assert await _keys(frames, 1) == ["a"]
+
+    run(body)
+
+
 def _as_viewer(head: ApiHead) -> dict[str, str]:
     return {"Authorization": f"Bearer {head.tokens['viewer']}"}
 
