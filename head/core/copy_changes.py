@@ -135,6 +135,7 @@ def become_ready(turn: Turn, copy: Copy, *, size: int, digest: str, is_locked: b
     )
     turn.put(ready, "copy_ready", cause=copy.cause, bytes=ready.bytes)
     wake(turn, ready)
+    rebalance(turn, ids.parse_device(copy.device))  # it may hold more room than it was given
 
 
 def lose(turn: Turn, copy: Copy, reason: str) -> None:

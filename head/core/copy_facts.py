@@ -92,15 +92,12 @@ def is_wanted(state: State, copy: Copy) -> bool:
 
 def survivors(state: State, copy: Copy, now_ms: int) -> list[Copy]:
     """Other ready disk copies of the same model and revision on nodes that can be reached now."""
-    others = (state.copies[key] for key in state.copies_by_model.get(copy.model, ()))
+    others = (state.copies[key] for key in state.ready_by_model.get(copy.model, ()))
     return [
         other
         for other in others
         if other.key != copy.key
         and other.revision == copy.revision
-        and storage_of(other) == "disk"
-        and other.desired == "present"
-        and other.state == "ready"
         and node_facts.is_reachable(state, node_of(other), now_ms)
     ]
 

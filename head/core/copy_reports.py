@@ -17,7 +17,16 @@ from common.errors import Cancelled, DigestMismatch, ErrorInfo, HerderError, Int
 from common.manifest import Manifest
 from head.core import commands
 from head.core.copy_changes import become_ready, end_badly, fail, lose, pause_ms, rebalance, send_ensure
-from head.core.copy_facts import IN_FLIGHT, NOT_BEGUN, is_projection, manifest_of, next_generation, node_of, storage_of
+from head.core.copy_facts import (
+    IN_FLIGHT,
+    NOT_BEGUN,
+    backing_of,
+    is_projection,
+    manifest_of,
+    next_generation,
+    node_of,
+    storage_of,
+)
 from head.core.objects import Copy, ModelManifest, copy_key
 from head.core.state import Progress, State
 from head.core.turn import Turn
@@ -157,10 +166,18 @@ def _observe_ready(turn: Turn, copy: Copy, status: wire.CopyStatus) -> None:
     elif manifest is None or differs or (not status.digest and not is_dram):
         if copy.state != "failed":
             _ask_for_result(turn, copy)
+    elif copy.state == "failed" and is_dram and not _has_footing(turn.state, copy):
+        return
     elif status.generation >= copy.generation or copy.state == "failed":
         become_ready(turn, copy, size=manifest.size_bytes, digest=manifest.digest, is_locked=status.is_locked)
     else:
         _order_again(turn, copy, status)
+
+
+def _has_footing(state: State, copy: Copy) -> bool:
+    """Whether the disk copy under a dram copy is there and shall stay."""
+    below = backing_of(state, copy)
+    return below is not None and below.desired == "present"
 
 
 def _order_again(turn: Turn, copy: Copy, status: wire.CopyStatus) -> None:
@@ -211,6 +228,8 @@ def _adopt(turn: Turn, node_id: str, status: wire.CopyStatus) -> bool:
 def _take_success(turn: Turn, copy: Copy, result: wire.Result) -> None:
     known = manifest_of(turn.state, copy.model, copy.revision)
     if storage_of(copy) == "dram":
+        if copy.state == "failed" and not _has_footing(turn.state, copy):
+            return  # given up since, and the disk copy with it; the next report shows what is there
         size = known.size_bytes if known else copy.bytes
         is_locked = bool(result.detail.get("is_locked", False))
         become_ready(turn, copy, size=size, digest=known.digest if known else "", is_locked=is_locked)
@@ -230,7 +249,6 @@ def _take_success(turn: Turn, copy: Copy, result: wire.Result) -> None:
         kept = ModelManifest(manifest=manifest, made_by=node_of(copy), at_ms=turn.now_ms)
         turn.put(kept, "manifest_made", cause=copy.cause, bytes=manifest.size_bytes)
     become_ready(turn, copy, size=manifest.size_bytes, digest=manifest.digest)
-    rebalance(turn, ids.parse_device(copy.device))
     if known is None:  # copies that were admitted without a size have one now
         keys = sorted(turn.state.copies_by_model.get(copy.model, ()))
         others = [other for other in (turn.state.copies[key] for key in keys) if not other.bytes]

@@ -103,11 +103,10 @@ def forget_node(turn: Turn, node_id: str) -> None:
 
 def origin_readers(state: State, copy: Copy) -> int:
     """How many other copies of the same model and revision read from its registered sources now."""
-    return sum(
-        1
-        for key in state.copies_by_model.get(copy.model, ())
-        if key != copy.key and state.offered.get(key) == () and state.copies[key].revision == copy.revision
-    )
+    of_model = state.copies_by_model.get(copy.model, {})
+    keys = state.offered if len(state.offered) < len(of_model) else of_model  # whichever is shorter to look through
+    prefix = f"{copy.model}@{copy.revision}|"
+    return sum(1 for key in keys if key.startswith(prefix) and key != copy.key and state.offered.get(key) == ())
 
 
 def _note(state: State, key: str, offered: tuple[str, ...]) -> None:

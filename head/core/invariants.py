@@ -40,6 +40,7 @@ _INDICES = (
     "replicas_by_model",
     "active_copies",
     "pinned_copies",
+    "ready_by_model",
     "draining_nodes",
     "live_jobs",
     "waiters",

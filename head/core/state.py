@@ -88,6 +88,7 @@ class State:
     replicas_by_model: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
     active_copies: dict[str, None] = field(default_factory=dict)  # copies on disk or dram that are not at rest
     pinned_copies: dict[str, None] = field(default_factory=dict)
+    ready_by_model: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # disk copies
     draining_nodes: dict[str, None] = field(default_factory=dict)  # draining and not drained yet
     live_jobs: dict[str, None] = field(default_factory=dict)  # jobs that have not ended
     waiters: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # "kind:key" -> jobs
@@ -189,6 +190,8 @@ def _index(state: State, thing: Object) -> None:
                 state.active_copies[thing.key] = None
             if thing.pins:
                 state.pinned_copies[thing.key] = None
+            if thing.desired == "present" and thing.state == "ready" and thing.device.endswith(":disk"):
+                state.ready_by_model[thing.model][thing.key] = None
         case Replica():
             state.replicas_by_service[thing.service][thing.key] = None
             state.replicas_by_node[thing.node][thing.key] = None
@@ -220,6 +223,7 @@ def _unindex(state: State, thing: Object) -> None:
             _discard(state.copies_by_node, thing.device.partition(":")[0], thing.key)
             state.active_copies.pop(thing.key, None)
             state.pinned_copies.pop(thing.key, None)
+            _discard(state.ready_by_model, thing.model, thing.key)
         case Replica():
             _discard(state.replicas_by_service, thing.service, thing.key)
             _discard(state.replicas_by_node, thing.node, thing.key)
