@@ -52,8 +52,10 @@ class Engine:
     run: int
     shim_pid: int
     shim_ticks: int
+    pid: int  # of the engine itself
+    ticks: int
     port: int
-    is_child: bool = False  # ours to reap
+    is_child: bool = False  # the shim is ours to reap
     pidfd: int = -1
     has_gpus: bool = False
     pids: frozenset[int] = frozenset()  # processes seen, by which GPU memory is looked for after their end
@@ -145,9 +147,7 @@ class Replicas:
             self._post(ev.ReplicaSpawnFailed(order.replica, run, info))
             return
         self._watch(engine)
-        self._post(
-            ev.ReplicaStarted(order.replica, run, engine.shim_pid, engine.shim_ticks, self._reported_host(), port)
-        )
+        self._post(ev.ReplicaStarted(order.replica, run, engine.pid, engine.ticks, self._reported_host(), port))
 
     def _reported_host(self) -> str:
         if self._engine_host not in WILDCARDS:
@@ -182,7 +182,7 @@ class Replicas:
         mark = env[procs.MARK]
         pid = _spawn_shim(spec, directory / "shim.err", mark)
         deadline = time.monotonic() + SPAWN_TIMEOUT_S
-        while self._files.identity(order.replica, run) is None:
+        while (identity := self._files.identity(order.replica, run)) is None:
             ended = self._files.exit(order.replica, run)
             if ended is not None:
                 _reap(pid, within_s=KILL_TIMEOUT_S)
@@ -195,9 +195,17 @@ class Replicas:
                 _reap(pid, within_s=KILL_TIMEOUT_S)
                 raise EngineFailed(f"the engine was not executed within {SPAWN_TIMEOUT_S:g} s")
             time.sleep(0.005)
-        process = procs.read_process(pid)
-        ticks = process.start_ticks if process is not None else 0
-        return Engine(order.replica, run, pid, ticks, port, is_child=True, has_gpus=bool(order.gpu_uuids))
+        return Engine(
+            order.replica,
+            run,
+            pid,
+            identity.shim_ticks,
+            identity.pid,
+            identity.ticks,
+            port,
+            is_child=True,
+            has_gpus=bool(order.gpu_uuids),
+        )
 
     # finding again
     async def _attach(self, effect: fx.AttachReplica) -> None:
@@ -208,7 +216,7 @@ class Replicas:
             self._watch(found)
             spec = await asyncio.to_thread(self._files.spec, order.replica, run)
             host = effect.host or (spec.host if spec is not None else "") or self._reported_host()
-            self._post(ev.ReplicaStarted(order.replica, run, found.shim_pid, found.shim_ticks, host, found.port))
+            self._post(ev.ReplicaStarted(order.replica, run, found.pid, found.ticks, host, found.port))
             return
         if await asyncio.to_thread(self._files.spec, order.replica, run) is None and not effect.pid:
             error = EngineFailed("the agent ended before the engine was started").info()
@@ -233,6 +241,8 @@ class Replicas:
             run,
             identity.shim_pid,
             identity.shim_ticks,
+            identity.pid,
+            identity.ticks,
             effect.port or (spec.port if spec is not None else 0),
             has_gpus=bool(order.gpu_uuids),
         )

@@ -330,11 +330,10 @@ async def test_shim_killed_with_its_agent(tmp_path: Path) -> None:
     async with rig(tmp_path) as agent:
         agent.command(agent.order(), 1)
         await until(agent.is_in("ready"), "ready")
-        pid = agent.task.pid
         engine = agent.files.identity("chat-0", 1)
     assert engine is not None
-    os.kill(pid, 9)
-    await until(lambda: os.waitpid(pid, os.WNOHANG)[0], "its end")
+    os.kill(engine.shim_pid, 9)
+    await until(lambda: os.waitpid(engine.shim_pid, os.WNOHANG)[0], "its end")
     assert procs.is_running(engine.pid, engine.ticks)
     async with rig(tmp_path) as agent:
         await until(lambda: agent.task.run == 2 and agent.task.state == "ready", "a fresh engine")

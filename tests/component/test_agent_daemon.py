@@ -1,0 +1,284 @@
+"""The whole agent as a process, with its real mover and holder, against a head's websocket."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+import yaml
+
+from agent import holder_protocol, procs
+from agent.run_files import RunFiles
+from common import wire
+from tests.doubles.ws_head import TOKEN, WsHead, until
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "tests" / "doubles" / "engine_program.py"
+START_S = 30.0
+DISK, DRAM, REPLICA = "copy:org/m@main|n1:disk", "copy:org/m@main|n1:dram", "replica:chat-0"
+
+
+class Node:
+    """An agent's files and processes."""
+
+    def __init__(self, root: Path, head: WsHead) -> None:
+        self.root = root
+        self.head = head
+        self.config = root / "agent.yaml"
+        self.models = root / "models"
+        self.models.mkdir()
+        (self.models / "model.gguf").write_bytes(os.urandom(3_000_000))
+        token = root / "token"
+        token.write_text(TOKEN + "\n")
+        token.chmod(0o600)
+        self.settings: dict[str, object] = {
+            "head_url": head.url,
+            "node_id": "n1",
+            "token_file": str(token),
+            "state_dir": str(root / "state"),
+            "dram_budget_bytes": 64 << 20,
+            "disk_reserve_bytes": 0,
+            "http": {"port": 0},
+            "sources": {"file_roots": [str(self.models)]},
+        }
+        self.write()
+        self.process: asyncio.subprocess.Process | None = None
+
+    def write(self) -> None:
+        """Writes the configuration."""
+        self.config.write_text(yaml.safe_dump(self.settings))
+
+    async def start(self) -> asyncio.subprocess.Process:
+        """Starts the daemon."""
+        self.process = await self.spawn("--config", str(self.config))
+        return self.process
+
+    async def spawn(self, *arguments: str) -> asyncio.subprocess.Process:
+        """Runs `herder-agent`."""
+        with (self.root / "agent.log").open("ab") as output:
+            return await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", "agent", *arguments),
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                stdout=asyncio.subprocess.PIPE,
+                stderr=output,
+            )
+
+    def log(self) -> str:
+        """What the daemon wrote."""
+        return (self.root / "agent.log").read_text()
+
+    async def wait_ended(self, process: asyncio.subprocess.Process) -> int:
+        """The exit status."""
+        async with asyncio.timeout(START_S):
+            await process.communicate()
+        assert process.returncode is not None
+        return process.returncode
+
+    async def connected(self, hellos: int) -> wire.Hello:
+        """Waits for a session."""
+        await until(lambda: len(self.head.hellos) >= hellos, f"hello {hellos}", timeout_s=START_S)
+        return self.head.hellos[-1]
+
+    async def done(self, op_id: str, generation: int) -> wire.Result:
+        """Waits for a result that is ok, and acknowledges it."""
+        await until(lambda: self.head.result(op_id, generation), f"the result of {op_id}", timeout_s=START_S)
+        result = self.head.result(op_id, generation)
+        assert result is not None
+        assert result.outcome == "ok", result.error
+        await self.head.send(wire.ResultAck(op_id, generation))
+        return result
+
+    async def clean(self) -> None:
+        """Ends what outlives an agent."""
+        if self.process is not None and self.process.returncode is None:
+            self.process.kill()
+            await self.wait_ended(self.process)
+        files = RunFiles(self.root / "state" / "replicas")
+        for replica, run in files.unfinished():
+            procs.kill_all(0, files.mark(replica, run), within_s=5)
+        _stop_holder(self.root / "state" / "holder" / "holder.sock")
+
+
+def _stop_holder(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as channel:
+        try:
+            channel.connect(str(path))
+            channel.sendall(holder_protocol.frame(holder_protocol.Stop("stop")))
+            channel.settimeout(10)
+            while channel.recv(4096):
+                pass
+        except OSError:
+            pass  # none runs
+
+
+@asynccontextmanager
+async def node(root: Path) -> AsyncIterator[Node]:
+    """A head and a node that is not started yet."""
+    async with WsHead() as head:
+        made = Node(root, head)
+        try:
+            yield made
+        finally:
+            await made.clean()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there and not a zombie."""
+    process = procs.read_process(pid)
+    return process is not None and process.state not in "ZX"
+
+
+def ensure_copy(models: Path, storage: str = "disk") -> wire.EnsureCopy:
+    """An order for the model."""
+    return wire.EnsureCopy("org/m", "main", storage, (wire.Source(f"file://{models}/model.gguf"),))
+
+
+def ensure_replica(root: Path) -> wire.EnsureReplica:
+    """An order for an engine of it."""
+    return wire.EnsureReplica(
+        "chat-0", "chat", "org/m", "main", "disk", "command",
+        argv=(sys.executable, str(PROGRAM), "{port}", str(root)),
+        health=wire.HealthSpec(period_s=0.2, canary={"max_tokens": 1}),
+    )  # fmt: skip
+
+
+async def test_model_from_file_to_engine_and_back(tmp_path: Path) -> None:
+    """One node's whole story: fetch, RAM, engine, metrics, kill -9, found again, stop, drop, SIGTERM."""
+    async with node(tmp_path) as n:
+        await n.start()
+        hello = await n.connected(1)
+        assert (hello.node_id, hello.data_port > 0, hello.http_port > 0) == ("n1", True, True)
+        await n.head.command(ensure_copy(n.models), 1, DISK)
+        result = await n.done(DISK, 1)
+        assert result.manifest is not None
+        assert result.manifest.size_bytes == 3_000_000
+        await n.head.command(ensure_copy(n.models, "dram"), 2, DRAM)
+        await n.done(DRAM, 2)
+        await n.head.command(ensure_replica(tmp_path), 3, REPLICA)
+        ready = await n.done(REPLICA, 3)
+        await _metrics_tell(hello.http_port)
+
+        assert n.process is not None
+        n.process.kill()
+        await n.wait_ended(n.process)
+        assert is_alive(ready.detail["pid"])
+        await n.start()
+        hello = await n.connected(2)
+        assert (hello.cluster_id, hello.max_head_epoch) == ("cluster-1", 1)
+        await until(lambda: (r := n.head.replica("chat-0")) and r.state == "ready", "ready again")
+        found = n.head.replica("chat-0")
+        assert found is not None
+        assert (found.pid, found.port, found.restarts) == (ready.detail["pid"], ready.detail["port"], 0)
+        copies = {copy.storage: copy for copy in n.head.of(wire.Report)[-1].copies}
+        assert {storage: copy.state for storage, copy in copies.items()} == {"disk": "ready", "dram": "ready"}
+
+        await n.head.command(wire.StopReplica("chat-0", grace_s=5), 4, REPLICA)
+        await n.done(REPLICA, 4)
+        assert not is_alive(ready.detail["pid"])
+        await n.head.command(wire.DropCopy("org/m", "main", "dram"), 5, DRAM)
+        await n.head.command(wire.DropCopy("org/m", "main", "disk"), 6, DISK)
+        await n.done(DRAM, 5)
+        await n.done(DISK, 6)
+        assert not (tmp_path / "state/store/models/org/m@main").exists()
+        n.process.terminate()
+        assert await n.wait_ended(n.process) == 0
+
+
+async def _metrics_tell(port: int) -> None:
+    async with aiohttp.ClientSession() as http:
+        async with http.get(f"http://127.0.0.1:{port}/metrics") as response:
+            text = await response.text()
+        async with http.get(f"http://127.0.0.1:{port}/healthz") as response:
+            assert (await response.json()) == {"status": "ok", "session": True}
+    assert 'herder_copies{state="ready",storage="dram"} 1.0' in text
+    assert 'herder_replica_state{model="org/m",replica="chat-0",service="chat",state="ready"} 1.0' in text
+    assert "herder_agent_session_open 1.0" in text
+
+
+async def test_sigterm_leaves_engines_and_ram(tmp_path: Path) -> None:
+    """SIGTERM ends the agent in order; the engine goes on, the next agent has it at once."""
+    async with node(tmp_path) as n:
+        await n.start()
+        await n.connected(1)
+        await n.head.command(ensure_copy(n.models), 1, DISK)
+        await n.head.command(ensure_replica(tmp_path), 3, REPLICA)
+        ready = await n.done(REPLICA, 3)
+        assert n.process is not None
+        n.process.send_signal(signal.SIGTERM)
+        assert await n.wait_ended(n.process) == 0
+        assert "task failed" not in n.log()
+        async with aiohttp.ClientSession() as http, http.get(f"http://127.0.0.1:{ready.detail['port']}/health") as r:
+            assert r.status == 200
+
+
+async def test_killed_mover_comes_back(tmp_path: Path) -> None:
+    """kill -9 of the mover: the agent starts another one and goes on fetching."""
+    async with node(tmp_path) as n:
+        process = await n.start()
+        await n.connected(1)
+        (mover,) = [p for p in procs.processes() if p.parent == process.pid and _is_mover(p.pid)]
+        os.kill(mover.pid, signal.SIGKILL)
+        await n.head.command(ensure_copy(n.models), 1, DISK)
+        await n.done(DISK, 1)
+
+
+def _is_mover(pid: int) -> bool:
+    return b"agent.mover" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+async def test_second_agent_on_the_same_state_refuses(tmp_path: Path) -> None:
+    """One agent per state directory: the second ends with 2 and names the first, which goes on."""
+    async with node(tmp_path) as n:
+        first = await n.start()
+        await n.connected(1)
+        second = await n.spawn("--config", str(n.config))
+        assert await n.wait_ended(second) == 2
+        assert "state_locked" in n.log()
+        assert f"pid {first.pid}" in n.log()
+        assert first.returncode is None
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"head_url": "ftp://x"}, "head_url"),
+        ({"nonsense": 1}, "nonsense"),
+        ({"http": {"host": "0.0.0.0"}}, "would be open"),
+        ({"token_file": "/no/such/token"}, "/no/such/token"),
+        ({"node_id": "../n1"}, "node_id"),
+        ({"sources": {"file_roots": ["relative"]}}, "file_roots"),
+    ],
+)
+async def test_check_config_refuses(tmp_path: Path, change: dict[str, object], complaint: str) -> None:
+    """--check-config ends with 2 and names the setting that is wrong."""
+    async with node(tmp_path) as n:
+        n.settings.update(change)
+        n.write()
+        assert await n.wait_ended(await n.spawn("--config", str(n.config), "--check-config")) == 2
+        assert complaint in n.log()
+
+
+async def test_check_config_prints_the_posture(tmp_path: Path) -> None:
+    """A good configuration ends with 0 and says what is open to whom."""
+    async with node(tmp_path) as n:
+        process = await n.spawn("--config", str(n.config), "--check-config")
+        output, _ = await process.communicate()
+        assert process.returncode == 0
+        assert b"node n1" in output
+        assert b"for this machine" in output
+
+
+async def test_token_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    """A token file with group or world bits is refused before anything starts."""
+    async with node(tmp_path) as n:
+        (tmp_path / "token").chmod(0o644)
+        assert await n.wait_ended(await n.spawn("--config", str(n.config))) == 2
+        assert "readable by others" in n.log()
