@@ -138,8 +138,11 @@ def _plan_from_device(state: State, copy: Copy, now_ms: int) -> Plan:
 def _ready_peers(state: State, copy: Copy, now_ms: int) -> list[Copy]:
     """Copies elsewhere that can be read now, the best first: not suspect, few readers, then by node."""
     avoided = state.avoided.get(copy.key, {})
+    ready = (state.copies[key] for key in state.ready_by_model.get(copy.model, ()) if key != copy.key)
     found = [
-        other for other in _others(state, copy) if node_of(other) not in avoided and _can_serve(state, other, now_ms)
+        other
+        for other in ready
+        if other.revision == copy.revision and node_of(other) not in avoided and _can_serve(state, other, now_ms)
     ]
     found.sort(
         key=lambda other: (
