@@ -109,7 +109,9 @@ def _stale(turn: Turn, replica: Replica, generation: int) -> None:
     if generation > replica.generation:
         replica = replace(replica, generation=max(turn.next_generation(), generation + 1))
         turn.put(_unconfirmed(replica), "replica_generation_raised")
-    elif replica.desired == "running" and replica.state not in ("pending", "failed"):
+    elif replica.state == "failed":
+        _let_go(turn, replica)  # it was given up while the agent could not hear
+    elif replica.desired == "running" and replica.state != "pending":
         turn.put(_unconfirmed(replica), "replica_not_confirmed")
     turn.touch("replica", replica.id)
 
@@ -146,6 +148,8 @@ def _take(turn: Turn, replica: Replica, status: wire.ReplicaStatus) -> None:
         fail(
             turn, replica, status.error, exit_code=status.exit_code, last_log=status.last_log, restarts=status.restarts
         )
+    elif replica.state == "failed" and status.state in ("stopped", "stopping"):
+        return  # as it was told when it was given up
     elif status.state in ("stopped", "stopping"):
         # it stopped by itself, being without a head for too long; the same order starts it again
         if replica.state != "pending":
@@ -289,6 +293,16 @@ def reconcile_replica(turn: Turn, key: str) -> None:
         _send(turn, replica, service_specs.ensure_body(service, recipe, replica, node))
 
 
+def _give_up(turn: Turn, replica: Replica, error: ErrorInfo | None) -> None:
+    """The head itself sees that the engine cannot start: its agent, which still waits, is told to let go."""
+    fail(turn, replace(replica, generation=fresh_generation(turn, replica)), error)
+    _let_go(turn, turn.state.replicas[replica.id])
+
+
+def _let_go(turn: Turn, replica: Replica) -> None:
+    _send(turn, replica, wire.StopReplica(replica=replica.id, grace_s=limits.REPLICA_STOP_GRACE_S))
+
+
 def _send(turn: Turn, replica: Replica, body: wire.AnyCommand) -> None:
     op = commands.op_id(commands.REPLICA, replica.id)
     commands.send_if_due(turn, replica.node, op, replica.generation, body, cause=replica.cause)
@@ -301,7 +315,7 @@ def _stage(turn: Turn, replica: Replica) -> bool:
     copy = turn.state.copies.get(copy_key(replica.model, replica.revision, device))
     if copy is not None and copy.desired == "present":
         if copy.state == "failed" and copy.generation > replica.generation:
-            fail(turn, replica, copy.error)
+            _give_up(turn, replica, copy.error)
             return False
         if copy.state != "failed":
             return True
@@ -309,7 +323,7 @@ def _stage(turn: Turn, replica: Replica) -> bool:
         copies.want(turn, replica.model, replica.revision, device, cause=replica.cause)
     except HerderError as error:
         if not error.is_retryable and error.code != "node_cordoned":
-            fail(turn, replica, error.info())
+            _give_up(turn, replica, error.info())
         elif replica.error != error.info():
             turn.put(replace(replica, error=error.info()), "replica_staging_refused")
         return False

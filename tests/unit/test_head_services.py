@@ -337,6 +337,28 @@ class TestFailures:
         assert world.replica().state == "failed"
         assert world.replica().error is not None
 
+    def test_an_engine_that_is_given_up_lets_go_at_its_agent(self) -> None:
+        """An agent that waits for a copy that never comes would hold on to what is left of it for ever."""
+        world = EngineWorld()
+        world.add_node("n1")
+        world.register("m", "https://host/m.gguf")
+        world.serve(devices=("n1:disk",))
+        ordered = world.replica().generation
+        world.engines("n1", world.status(state="waiting_copy"))
+        world.result("m@main|n1:disk", "failed", error=ErrorInfo(code="source_refused", message="no such file"))
+        stop = world.command(wire.StopReplica, "n1")
+        assert stop is not None
+        assert stop.generation == world.replica().generation > ordered
+        world.now_ms += limits.COMMAND_REPEAT_MS
+        world.engines("n1", world.status(state="waiting_copy", generation=ordered))
+        assert world.replica().state == "failed"
+        assert world.command(wire.StopReplica, "n1") is not None
+        for state in ("stopping", "stopped"):
+            world.engines("n1", world.status(state=state))
+            assert world.replica().state == "failed"
+        world.stopped()
+        assert (world.replica().state, world.replica().attempts) == ("failed", 1)
+
 
 class TestStop:
     """Services end with their engines."""
