@@ -22,7 +22,7 @@ class Object(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def key(self) -> str:
         """The object's name within its kind."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} has no key")
 
 
 class Meta(Object, frozen=True):
