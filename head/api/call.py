@@ -150,6 +150,7 @@ class Call:
             self._hint_at_near_names(error)
             raise
         self.changed = reply.reference
+        await self.read()  # the answer is rendered from the state, which may hold later changes of others
         return reply
 
     def _hint_at_near_names(self, error: NotFound) -> None:

@@ -64,7 +64,7 @@ async def show(call: Call) -> web.StreamResponse:
 
 
 async def cancel(call: Call) -> web.StreamResponse:
-    job = find(call.state, call.path("id"))
+    job = find(await call.read(), call.path("id"))
     await call.submit(CancelJobRequested, job=job.id)
     return await _outcome(call, job.id)
 

@@ -56,7 +56,7 @@ async def create(call: Call) -> web.StreamResponse:
 
 
 async def revoke(call: Call) -> web.StreamResponse:
-    key = find(call.state, call.path("id"))
+    key = find(await call.read(), call.path("id"))
     await call.submit(RevokeKeyRequested, key=key.id)
     return call.answer(render.key_view(find(call.state, key.id)))
 

@@ -77,13 +77,13 @@ async def show(call: Call) -> web.StreamResponse:
 
 
 async def update(call: Call) -> web.StreamResponse:
-    model = find(call.state, call.path("name"))
+    model = find(await call.read(), call.path("name"))
     await call.submit(UpdateModelRequested, model=model.name, body=call.body(api.UpdateModel))
     return _shown(call, model.name)
 
 
 async def delete(call: Call) -> web.StreamResponse:
-    model = find(call.state, call.path("name"))
+    model = find(await call.read(), call.path("name"))
     await call.submit(DeleteModelRequested, model=model.name, force=call.query(ForceQuery).force)
     call.changed = f"model:{model.name}"
     is_done = model.name not in call.state.models

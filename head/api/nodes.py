@@ -77,13 +77,13 @@ async def show(call: Call) -> web.StreamResponse:
 
 
 async def update(call: Call) -> web.StreamResponse:
-    node = find(call.state, call.path("id"))
+    node = find(await call.read(), call.path("id"))
     await call.submit(UpdateNodeRequested, node=node.id, body=call.body(api.UpdateNode))
     return _shown(call)
 
 
 async def remove(call: Call) -> web.StreamResponse:
-    node = find(call.state, call.path("id"))
+    node = find(await call.read(), call.path("id"))
     await call.submit(RemoveNodeRequested, node=node.id, force=call.query(ForceQuery).force)
     call.changed = f"node:{node.id}"
     return call.answer(api.Deleted("node", node.id, node.id not in call.state.nodes))
@@ -98,13 +98,13 @@ async def uncordon(call: Call) -> web.StreamResponse:
 
 
 async def _cordon(call: Call, *, is_cordoned: bool) -> web.StreamResponse:
-    node = find(call.state, call.path("id"))
+    node = find(await call.read(), call.path("id"))
     await call.submit(CordonRequested, node=node.id, is_cordoned=is_cordoned)
     return _shown(call)
 
 
 async def drain(call: Call) -> web.StreamResponse:
-    node = find(call.state, call.path("id"))
+    node = find(await call.read(), call.path("id"))
     body = call.body(api.DrainNode) if call.raw_body else api.DrainNode()
     await call.submit(DrainRequested, node=node.id, body=body)
     return _shown(call)

@@ -98,7 +98,7 @@ async def show(call: Call) -> web.StreamResponse:
 
 
 async def delete(call: Call) -> web.StreamResponse:
-    service = find(call.state, call.path("name"))
+    service = find(await call.read(), call.path("name"))
     await call.submit(DeleteServiceRequested, service=service.name)
     call.changed = f"service:{service.name}"
 

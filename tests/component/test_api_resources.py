@@ -343,7 +343,7 @@ def test_waiting_for_a_job(tmp_path: Path) -> None:
     async def body() -> None:
         async with api_head(tmp_path) as head:
             sent = {"name": "j", "actions": [{"action": "copy"}]}
-            waiting = asyncio.create_task(head.call("POST", "/jobs?wait=30", sent))
+            waiting = asyncio.create_task(head.call("POST", "/jobs?wait=3000", sent))
             await until(lambda: bool(head.state.jobs))
             job = next(iter(head.state.jobs.values()))
             await head.put(msgspec.structs.replace(job, state="running"))
@@ -353,7 +353,7 @@ def test_waiting_for_a_job(tmp_path: Path) -> None:
             assert (answer.status, answer.json["status"]) == (200, "completed")
             late = await head.call("POST", "/jobs?wait=0.05", sent)
             assert (late.status, late.json["status"]) == (202, "pending")
-            cancelled = await head.call("POST", f"/jobs/{late.json['id']}/cancel?wait=30")
+            cancelled = await head.call("POST", f"/jobs/{late.json['id']}/cancel?wait=3000")
             assert (cancelled.status, cancelled.json["status"]) == (200, "cancelled")
 
     run(body)
@@ -369,7 +369,7 @@ def test_waiting_for_a_service(tmp_path: Path) -> None:
             assert (shown["state"], shown["replicas_ready"]) == ("ready", 1)
             assert b"engine-secret" not in (await head.call("GET", "/services")).body
             assert b"engine-secret" not in (await head.call("GET", "/replicas")).body
-            waiting = asyncio.create_task(head.call("DELETE", "/services/chat?wait=30"))
+            waiting = asyncio.create_task(head.call("DELETE", "/services/chat?wait=3000"))
             await until(lambda: head.state.services["chat"].desired == "stopped")
             await head.delete(head.state.replicas["chat-0"])
             assert not waiting.done()
@@ -389,7 +389,7 @@ def test_a_replica_wakes_those_who_wait_for_its_service(tmp_path: Path) -> None:
         async with api_head(tmp_path) as head:
             await head.put(node("n1"), a_service(), a_replica(state="starting"))
             waiting = asyncio.create_task(
-                head.waiters.until("service:chat", lambda state: state.replicas["chat-0"].state == "ready", 30)
+                head.waiters.until("service:chat", lambda state: state.replicas["chat-0"].state == "ready", 3000)
             )
             await head.put(a_replica(state="starting"))
             assert not waiting.done()
@@ -488,6 +488,28 @@ def test_a_full_disk_refuses_changes_and_shows_nothing_undurable(tmp_path: Path)
             health = (await head.call("GET", "/health")).json
             assert (health["status"], health["is_read_only"]) == ("degraded", True)
             assert health["alarms"]
+
+    run(body)
+
+
+def test_what_was_taken_back_is_never_shown(tmp_path: Path) -> None:
+    """A reader that came while a change was on its way to a full disk does not see it."""
+
+    async def body() -> None:
+        journal = SwitchJournal()
+        async with api_head(tmp_path, journal=journal) as head:
+            journal.gate.clear()
+            journal.fill_disk()
+            writing = asyncio.create_task(head.call("POST", "/models", {"name": "m"}))
+            await until(lambda: "m" in head.state.models)
+            reading = [
+                asyncio.create_task(head.call("GET", path)) for path in ("/models/m", "/models?search=m", "/health")
+            ]
+            assert (await reading[2]).json["models"] == 1  # health waits for nothing: it is asked when things are bad
+            journal.gate.set()
+            assert (await reading[0]).code == "model_not_found"
+            assert (await reading[1]).json["items"] == []
+            assert (await writing).code == "state_read_only"
 
     run(body)
 

@@ -201,8 +201,9 @@ def test_changes_are_audited_without_secrets(tmp_path: Path) -> None:
             await head.call("POST", "/models", {"name": "m2"}, role="viewer")
             await head.call("POST", "/models", {"name": "m3"}, role=None)
             await head.call("GET", "/backup")
+            await head.call("GET", "/models", role=None)
             path = tmp_path / "audit.log"
-            await until(lambda: len(_lines(path)) == 7)
+            await until(lambda: len(_lines(path)) == 8)
             lines = _lines(path)
             assert [(line["method"], line["path"], line["status"], line["code"], line["role"]) for line in lines] == [
                 ("POST", "/api/v1/models", 422, "invalid_value", "admin"),
@@ -212,6 +213,7 @@ def test_changes_are_audited_without_secrets(tmp_path: Path) -> None:
                 ("POST", "/api/v1/models", 403, "forbidden", "viewer"),
                 ("POST", "/api/v1/models", 401, "unauthenticated", ""),
                 ("GET", "/api/v1/backup", 200, "", "admin"),
+                ("GET", "/api/v1/models", 401, "unauthenticated", ""),
             ]
             registered = lines[1]
             assert registered["actor"] == "admin(key-admin)"
