@@ -102,11 +102,12 @@ class LiveView:
     def __init__(self, *, is_coloured: bool) -> None:
         from rich.console import Console
         from rich.live import Live
+        from rich.spinner import Spinner
 
+        self._job: types.JobView | None = None
+        self._spinner = Spinner("dots")
         self._console = Console(stderr=True, no_color=not is_coloured, highlight=False)
         self._live = Live(console=self._console, refresh_per_second=8, transient=False, get_renderable=self._draw)
-        self._job: types.JobView | None = None
-        self._started = time.monotonic()
 
     def __enter__(self) -> LiveView:
         self._live.start()
@@ -121,7 +122,6 @@ class LiveView:
 
     def _draw(self) -> Any:
         from rich.progress_bar import ProgressBar
-        from rich.spinner import Spinner
         from rich.table import Table
         from rich.text import Text
 
@@ -136,7 +136,7 @@ class LiveView:
         for step in steps_in_view(self._job):
             mark: Any
             if step.state == "running":
-                mark = self._spinner = getattr(self, "_spinner", None) or Spinner("dots")
+                mark = self._spinner
             else:
                 sign, colour = marks.get(step.state, ("·", "dim"))
                 mark = Text(sign, style=colour)

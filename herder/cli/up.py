@@ -104,7 +104,8 @@ def command(
     for root in file_roots:
         if not root.expanduser().is_dir():
             raise click.UsageError(f"--file-root {root} is not a folder")
-    if llama_server and not os.access(llama_server.expanduser(), os.X_OK):
+    program = llama_server.expanduser() if llama_server else None
+    if program and not (program.is_file() and os.access(program, os.X_OK)):
         raise click.UsageError(f"--llama-server {llama_server} is not a program")
     plan = Plan(
         base=base,
@@ -112,7 +113,7 @@ def command(
         agent_port=agent_port,
         node=node_id or daemons.node_id_of_host(),
         file_roots=[root.expanduser().resolve() for root in file_roots],
-        llama_server=llama_server.expanduser().absolute() if llama_server else None,
+        llama_server=program.absolute() if program else None,
         is_detached=is_detached,
         options=options,
     )
