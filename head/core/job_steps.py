@@ -15,12 +15,11 @@ from msgspec.structs import replace
 from common import ids, limits
 from common.errors import BY_CODE, Conflict, CopyNotFound, ErrorInfo, InvalidJob
 from head.core import copies, engine_steps, node_facts
+from head.core.copy_facts import IN_FLIGHT
 from head.core.engine_steps import cause_of, completed, failed
 from head.core.objects import Copy, Job, Step, copy_key
 from head.core.state import STEP_ENDED, State
 from head.core.turn import Turn
-
-_IN_FLIGHT = frozenset({"reserved", "fetching", "verifying", "syncing"})
 
 
 def begin(turn: Turn, job: Job, step: Step) -> Step:
@@ -239,7 +238,7 @@ def _copy_note(state: State, copy: Copy, now_ms: int) -> str:
     silent = _silence(state, node, now_ms)
     if silent:
         return silent
-    if copy.state in _IN_FLIGHT:
+    if copy.state in IN_FLIGHT:
         return f"{copy.model} is on its way to {copy.device}"
     if copy.error is not None and copy.attempts:
         return f"attempt {copy.attempts + 1} for {copy.device} follows: {copy.error.message}"

@@ -190,7 +190,7 @@ class Cluster:
         rng = world.rng
         if self.head.is_up and world.chance(faults.head_crash_per_s):
             self.head.crash()
-            world.after(rng.randint(500, 20_000), "head", self._start_head)
+            world.after(rng.randint(500, 20_000), "head", self.head.start_again)
         if world.chance(faults.head_stall_per_s):
             self.head.stall(rng.randint(500, 12_000))
         if world.chance(faults.head_disk_full_per_s):
@@ -229,10 +229,6 @@ class Cluster:
                 node.end_engine(engine, 139)
             elif world.chance(faults.engine_hang_per_s):
                 engine.is_hung = True
-
-    def _start_head(self) -> None:
-        if not self.head.is_up:
-            self.head.start()
 
     def _start_node(self, node: SimNode) -> None:
         if not node.is_up:

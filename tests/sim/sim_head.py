@@ -98,6 +98,11 @@ class SimHead:
         self.take(ev.HeadStarted("sim-cluster", bytes([self.life % 256]) * 32, self.recipes))
         self._later(1000, "tick", self._tick)
 
+    def start_again(self) -> None:
+        """A new process unless one runs."""
+        if not self.is_up:
+            self.start()
+
     def crash(self) -> None:
         """kill -9: everything that is not in the journal is gone."""
         self.world.note("head crashes")
@@ -176,7 +181,7 @@ class SimHead:
             if self.world.chance(self.world.faults.head_crash_per_s / 50):
                 self.world.note("head crashes between fsync and release")
                 self.crash()
-                self.world.after(self.world.rng.randint(500, 4000), "head", self.start)
+                self.world.after(self.world.rng.randint(500, 4000), "head", self.start_again)
                 return
             released = self.pipeline.committed()
         self._release(released.effects)
