@@ -31,6 +31,7 @@ class AgentMachine(RuleBasedStateMachine):
         self.node = Node(is_eager=False).start().open()
         self.generation = 0
         self.wanted: dict[str, tuple[int, wire.AnyCommand]] = {}  # what was last ordered, by op id
+        self.newest: dict[str, int] = {}  # highest generation seen, by task
         self.history: list[tuple[wire.AnyCommand, int]] = []
 
     def _order(self, body: wire.AnyCommand) -> None:
@@ -129,13 +130,15 @@ class AgentMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_old_is_held(self) -> None:
         """No task is older than an order that was delivered for it."""
-        for task in self.node.state.copies.values():
-            assert task.generation <= self.generation
-        held = {replica: process.run for replica, process in self.node.processes.items()}
-        for replica, run in held.items():
+        held = {key: task.generation for key, task in self.node.state.copies.items()}
+        held |= {key: task.generation for key, task in self.node.state.replicas.items()}
+        for key, generation in held.items():
+            assert self.newest.get(key, 0) <= generation <= self.generation, f"{key} went back"
+            self.newest[key] = generation
+        for replica, process in self.node.processes.items():
             task_of = self.node.state.replicas.get(replica)
             assert task_of is not None, f"{replica} runs, and nobody knows it"
-            assert task_of.run == run, "an older process is still there"
+            assert task_of.run == process.run, "an older process is still there"
 
     def teardown(self) -> None:
         """The world becomes quiet: everything obeys, the head repeats its orders, and order and world agree."""
@@ -197,7 +200,7 @@ def _rank(body: wire.AnyCommand) -> int:
 
 TestAgentMachine = AgentMachine.TestCase
 TestAgentMachine.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
