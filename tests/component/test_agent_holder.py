@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import mmap
 import os
 import random
@@ -39,7 +40,8 @@ class HolderClient:
 
     def read(self) -> protocol.AnyAnswer:
         head = self._stream.read(4)
-        return protocol.answers.decode(self._stream.read(protocol.LENGTH.unpack(head)[0]))
+        answer: protocol.AnyAnswer = protocol.answers.decode(self._stream.read(protocol.LENGTH.unpack(head)[0]))
+        return answer
 
     def ask(self, make: Callable[[str], protocol.Request]) -> protocol.Done:
         self._count += 1
@@ -171,8 +173,13 @@ def test_budget(holder: Program, model: Path) -> None:
 def test_missing_files_and_path_tricks(holder: Program, model: Path) -> None:
     """Files that are not there, and paths that lead outside, are refused and hold nothing."""
     client = HolderClient(holder.path)
-    for directory, paths in ((str(model), ("none",)), (str(model / "none"), ()), (str(model), ("../model/a.bin",))):
-        done = client.ask(lambda token, place=directory, names=paths: protocol.Hold(token, "m", place, names))
+    trials: list[tuple[Path, tuple[str, ...]]] = [
+        (model, ("none",)),
+        (model / "none", ()),
+        (model, ("../model/a.bin",)),
+    ]
+    for directory, paths in trials:
+        done = client.ask(functools.partial(protocol.Hold, key="m", directory=str(directory), paths=paths))
         assert done.error is not None
         assert done.error.code in ("not_found", "invalid_path")
         assert done.used_bytes == 0

@@ -150,9 +150,10 @@ class MoverClient:
             head = self._stream.read(4)
             if len(head) < 4:
                 return None
-            return protocol.answers.decode(self._stream.read(protocol.LENGTH.unpack(head)[0]))
+            answer: protocol.AnyAnswer = protocol.answers.decode(self._stream.read(protocol.LENGTH.unpack(head)[0]))
         except (OSError, ValueError):
             return None
+        return answer
 
 
 def ticket(key: bytes, node_id: str, digest: str, *, ttl_ms: int = 60_000, reader: str = "reader") -> str:

@@ -89,7 +89,7 @@ def place() -> Iterator[Path]:
 def write(part: Part, index: int, body: bytes = BODY) -> None:
     data = bytearray(body[index * CHUNK : index * CHUNK + part.length(index)])
     part.write_piece(index * CHUNK, memoryview(data), len(data))
-    assert part.land(index, chunk_digest(data))
+    assert part.land(index, chunk_digest(bytes(data)))
 
 
 @settings(max_examples=150, deadline=None)
