@@ -249,7 +249,8 @@ class Round:
                 task.left -= 1
                 task.bad.pop(index, None)
                 feed.landed += 1
-                self.lock.notify_all()
+                if task.left == 0 or self._trail is not None:  # nobody else waits for a single chunk
+                    self.lock.notify_all()
             self._landed(task.part.length(index), feed.name)
             return
         with self.lock:
