@@ -4,9 +4,10 @@
 
 Every round runs, in turn: the disk's own O_DIRECT write and read limits, our two movers (peer copy with ticket and
 manifest: BLAKE3 per chunk, fsync, published), curl + sync + sha256sum, rsync over its daemon + sync, scp + sync.
-CPU seconds are user and system of both ends, as the kernel accounts them for ended children. Before each run the source is evicted from the page cache, so one disk reads and writes at the same
-time; with --hot it is read into the cache instead, which leaves the network and the landing. Bars: ours at least
-0.75 of the smaller disk limit, at most 0.65 CPU s/GB. GB = 1e9 bytes. Tools that are not installed are left out.
+CPU seconds are user and system of both ends, as the kernel accounts them. Before each run the source is evicted
+from the page cache, so one disk reads and writes at the same time; with --hot it is read into the cache instead, which
+leaves the network and the landing. Bars: ours at least 0.75 of the smaller disk limit, at most 0.65 CPU s/GB.
+GB = 1e9 bytes. Tools that are not installed are left out.
 """
 
 from __future__ import annotations
