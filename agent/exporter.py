@@ -16,7 +16,6 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
@@ -135,8 +134,8 @@ def _copies(state: State) -> Iterator[Metric]:
         status = copies.status(state, task)
         counts[(status.storage, status.state)] += 1
         sizes[(status.storage, status.state)] += status.bytes_done
-    number = GaugeMetricFamily("herder_copies", "Model copies by place and state.", labels=["storage", "state"])
-    size = GaugeMetricFamily("herder_copies_bytes", "Their bytes that are here.", labels=["storage", "state"])
+    number = GaugeMetricFamily("herder_node_copies", "Model copies by place and state.", labels=["storage", "state"])
+    size = GaugeMetricFamily("herder_node_copies_bytes", "Their bytes that are here.", labels=["storage", "state"])
     for labels, value in sorted(counts.items()):
         number.add_metric(labels, value)
         size.add_metric(labels, sizes[labels])
@@ -172,8 +171,7 @@ class Exporter:
         self._is_open = is_open
         self._registry = CollectorRegistry()
         self._registry.register(AgentCollector(state, facts))
-        ProcessCollector(registry=self._registry)
-        PlatformCollector(registry=self._registry)
+        ProcessCollector(namespace="herder", registry=self._registry)
         self._runner: web.AppRunner | None = None
 
     async def start(self, host: str, port: int) -> None:

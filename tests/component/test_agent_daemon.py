@@ -198,7 +198,7 @@ async def _metrics_tell(port: int) -> None:
             text = await response.text()
         async with http.get(f"http://127.0.0.1:{port}/healthz") as response:
             assert (await response.json()) == {"status": "ok", "session": True}
-    assert 'herder_copies{state="ready",storage="dram"} 1.0' in text
+    assert 'herder_node_copies{state="ready",storage="dram"} 1.0' in text
     assert 'herder_replica_state{model="org/m",replica="chat-0",service="chat",state="ready"} 1.0' in text
     assert "herder_agent_session_open 1.0" in text
 

@@ -258,7 +258,7 @@ async def test_metrics_door(token: str, is_open: bool, header: str, status: int)
         await exporter.close()
     if status == 200:
         assert 'herder_gpu_utilisation_ratio{gpu="0",name="",uuid="GPU-1"} 0.5' in text
-        assert 'herder_copies{state="ready",storage="disk"} 1.0' in text
+        assert 'herder_node_copies{state="ready",storage="disk"} 1.0' in text
 
 
 def test_ledger_is_private(tmp_path: Path) -> None:
