@@ -482,7 +482,7 @@ async def test_real_llama_server(tmp_path: Path) -> None:
             async with http.post(url, json=body, headers={"Authorization": "Bearer k-456"}) as answer:
                 said = await answer.json()
         assert said["usage"]["completion_tokens"] == 4
-        assert agent.state.engine("chat-0").memory_bytes > 50 << 20
+        await until(lambda: agent.state.engine("chat-0").memory_bytes > 50 << 20, "its memory")
         agent.command(wire.StopReplica("chat-0"), 2)
         await until(lambda: agent.result(2), "the result")
         assert agent.task.exit_code == 0
