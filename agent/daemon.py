@@ -8,7 +8,6 @@ the holder stay.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import random
 import signal
@@ -23,6 +22,7 @@ from agent.core.state import State, load
 from agent.driver import Driver
 from agent.exporter import Exporter, Facts
 from agent.holder_client import HolderClient
+from agent.lease_note import LeaseNote
 from agent.ledger import Ledger
 from agent.link import Link
 from agent.logs import LogService
@@ -78,7 +78,8 @@ class Agent:
         self.telemetry = wire.Telemetry()
         self.loop_lag_s = 0.0
         self._inventory_ms = -INVENTORY_MAX_AGE_MS
-        self._lease_path = state_dir.path / "lease"
+        self.lease_note = LeaseNote(self.files.lease_path, self.boot_id)
+        self._has_noted_lease = False
         self.mover = MoverClient(_mover_config(config), state_dir.path, self.driver.post, rng=self.rng)
         self.holder: HolderClient | None = None
         self.replicas = Replicas(
@@ -97,7 +98,7 @@ class Agent:
             tls=tls_context(config),
             hello=self.hello,
             digest=lambda: self.state.digest,
-            post=self.driver.post,
+            post=self._heard,
             on_log_request=self._log_requested,
             on_closed=self._link_closed,
             clock=self.clock,
@@ -141,25 +142,24 @@ class Agent:
                 log.error("an effect that nobody performs", extra=fields(effect=type(effect).__name__))
 
     def _note_lease(self, until_ms: int) -> None:
-        """A few bytes without fsync: read again only on this boot, and after a crash of ours they are in the cache."""
-        left_ms = until_ms - self.clock.now_ms()
-        note = {"boot_id": self.boot_id, "until_boottime_ms": boottime_ms() + left_ms}
+        self._has_noted_lease = True
         try:
-            part = self._lease_path.with_suffix(".part")
-            part.write_text(json.dumps(note))
-            part.replace(self._lease_path)
+            self.lease_note.write(boottime_ms() + until_ms - self.clock.now_ms())
         except OSError as error:
             log.warning("the lease could not be noted", extra=fields(error=str(error)))
 
     def _noted_lease_ms(self) -> int:
         """End of the last noted lease in Herder time of this process; 0 when there is none of this boot."""
-        try:
-            note = json.loads(self._lease_path.read_text())
-            if note["boot_id"] != self.boot_id:
-                return 0
-            return int(note["until_boottime_ms"]) - boottime_ms() + self.clock.now_ms()
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0
+        noted_ms = self.lease_note.read()
+        return noted_ms - boottime_ms() + self.clock.now_ms() if noted_ms else 0
+
+    def _heard(self, event: ev.Event) -> None:
+        """An event of the session. A ledger that cannot be written stops the core, but not the head's lease: the
+        shims must hear of it, or they would end engines that the head counts on.
+        """
+        if isinstance(event, ev.LeaseAcked) and self.driver.is_ledger_stuck and self._has_noted_lease:
+            self._note_lease(event.sent_ms + event.lease_ms)
+        self.driver.post(event)
 
     # what others ask
     async def hello(self) -> wire.Hello:

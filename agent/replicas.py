@@ -178,7 +178,7 @@ class Replicas:
         setting = Setting(order, self._engine_host, port, str(directory), effect.directory, effect.manifest, key_file)
         launch = runtime.launch(setting)
         env = {**scrubbed(os.environ), **launch.env, procs.MARK: self._files.mark(order.replica, run)}
-        spec = self._files.write_spec(directory, launch.argv, env, self._reported_host(), port)
+        spec = self._files.write_spec(directory, launch.argv, env, self._reported_host(), port, order)
         mark = env[procs.MARK]
         pid = _spawn_shim(spec, directory / "shim.err", mark)
         deadline = time.monotonic() + SPAWN_TIMEOUT_S
@@ -313,6 +313,7 @@ class Replicas:
             last_log=last_lines(directory),
             left=tuple(left),
             gpu_bytes_left=gpu_bytes,
+            halted=ended.halted if ended is not None else "",
         )
 
     # ending

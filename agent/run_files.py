@@ -17,6 +17,7 @@ import msgspec
 from common import limits
 from common.errors import NotFound
 from common.statedir import write_secret
+from common.wire import EnsureReplica
 
 T = TypeVar("T")
 FORGOTTEN_KEPT = 32  # replicas that are gone, whose logs are still kept
@@ -44,6 +45,7 @@ class Exit(msgspec.Struct, frozen=True):
 
     exit_code: int | None = None
     error: str = ""
+    halted: str = ""  # why the shim ended it by itself
     strays: int = 0
 
 
@@ -52,6 +54,7 @@ class RunFiles:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.lease_path = root.parent / "lease"  # see lease_note.py
 
     def directory(self, replica: str, run: int) -> Path:
         """A run's folder."""
@@ -81,8 +84,11 @@ class RunFiles:
         write_secret(directory / "api_key", api_key)
         return directory, str(directory / "api_key")
 
-    def write_spec(self, directory: Path, argv: tuple[str, ...], env: dict[str, str], host: str, port: int) -> Path:
+    def write_spec(
+        self, directory: Path, argv: tuple[str, ...], env: dict[str, str], host: str, port: int, order: EnsureReplica
+    ) -> Path:
         """Writes what the shim reads."""
+        stop_after_ms = order.stop_after_ms + limits.SHIM_STOP_SLACK_MS if order.stop_after_ms else 0
         spec = {
             "argv": list(argv),
             "env": env,
@@ -90,6 +96,9 @@ class RunFiles:
             "log_bytes": limits.LOG_BYTES_PER_REPLICA,
             "host": host,
             "port": port,
+            "lease": str(self.lease_path),
+            "stop_after_ms": stop_after_ms,
+            "stop_grace_s": order.stop_grace_s,
         }
         path = directory / "spec.json"
         write_secret(path, json.dumps(spec))

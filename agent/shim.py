@@ -4,14 +4,20 @@ Started detached by the agent as `python -I -S shim.py SPEC.json`, it outlives t
 upgraded finds its engines again through the files here. Standard library only, so that it stays small and cannot be
 broken by what the agent has installed.
 
-    spec.json   {"argv", "env", "cwd", "log_bytes"}                  written by the agent, 0600
+    spec.json   {"argv", "env", "cwd", "log_bytes", "lease", "stop_after_ms", "stop_grace_s"}   by the agent, 0600
     pid.json    {"boot_id", "shim_pid", "shim_ticks", "pid", "ticks", "started_at"}   once the engine was executed
     log.OFFSET  output, stdout and stderr together; OFFSET is where the segment starts in the run's whole output
-    exit.json   {"exit_code", "error", "strays", "ended_at"}         last of all; exit_code is -N for signal N
+    exit.json   {"exit_code", "error", "halted", "strays", "ended_at"}   last of all; exit_code is -N for signal N
 
 The engine has its own process group. The shim is the subreaper of everything below it: whatever the engine leaves
 behind when it ends, in whatever session or group, comes back to the shim and is killed before exit.json is written.
 SIGTERM, SIGINT and SIGHUP go to the engine's group; the shim itself ends only when nothing is left.
+
+With `stop_after_ms` the engine must not outlive the head's lease by more than that, because the head starts another
+one elsewhere once it has passed. The agent sees to it; the shim does where the agent is dead or stuck. `lease` names
+the file in which the agent notes until when the lease holds ({"boot_id", "until_boottime_ms", "again"}, the number
+twice since it is written in place). What cannot be read renews nothing. Should the shim itself be killed, the kernel
+kills such an engine.
 """
 
 from __future__ import annotations
@@ -26,12 +32,14 @@ import time
 from types import FrameType
 from typing import Any
 
+PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 SEGMENTS = 4  # a run keeps this many log segments, each a fourth of its log size
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 READ_BYTES = 65_536
 DRAIN_S = 2.0  # how long output is still read after the last process has ended
 EXEC_FAILED = 127
+libc = ctypes.CDLL(None)
 
 
 class Log:
@@ -96,10 +104,15 @@ def start_ticks(pid: int) -> int:
 def start_engine(spec: dict[str, Any], output: int) -> tuple[int, str]:
     """Forks and executes; returns the pid and the reason why it could not be executed ("" when it was)."""
     failure_read, failure_write = os.pipe()
+    me = os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
             os.setpgid(0, 0)
+            if spec.get("stop_after_ms"):
+                libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+                if os.getppid() != me:
+                    os._exit(EXEC_FAILED)
             for number in (*FORWARDED, signal.SIGCHLD, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_DFL)
             signal.set_wakeup_fd(-1)
@@ -124,6 +137,47 @@ def start_engine(spec: dict[str, Any], output: int) -> tuple[int, str]:
         reason += piece
     os.close(failure_read)
     return pid, reason.decode(errors="replace")
+
+
+def boottime_ms() -> int:
+    """Milliseconds since the machine booted, suspend included."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+
+
+def boot_id() -> str:
+    """This boot's id."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+class Lease:
+    """Until when the engine may run without a renewal by the head; for ever without `stop_after_ms`."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.path = str(spec.get("lease") or "")
+        self.stop_after_ms = int(spec.get("stop_after_ms") or 0)
+        self.until_ms = boottime_ms()
+        self.boot_id = boot_id()
+
+    def left_ms(self) -> int:
+        """How long the engine may run on as far as is known; the note is read only when that seems to be over."""
+        if not self.stop_after_ms:
+            return 1 << 62
+        left = self.until_ms + self.stop_after_ms - boottime_ms()
+        if left <= 0:
+            self.until_ms = max(self.until_ms, self.noted_ms())
+            left = self.until_ms + self.stop_after_ms - boottime_ms()
+        return left
+
+    def noted_ms(self) -> int:
+        """What the agent has noted; 0 for nothing that can be read, half written, or of another boot."""
+        try:
+            with open(self.path) as file:
+                note = json.load(file)
+            until = int(note["until_boottime_ms"])
+            return until if note["boot_id"] == self.boot_id and note["again"] == until else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
 
 
 def children() -> list[int]:
@@ -155,6 +209,10 @@ class Shim:
         self.pid = 0
         self.status: int | None = None
         self.strays = 0
+        self.lease = Lease(spec)
+        self.is_told_to_end = False
+        self.halted = ""
+        self.kill_at_ms = 0
 
     def run(self) -> None:
         """Stays until nothing of the engine is left."""
@@ -178,7 +236,9 @@ class Shim:
         while self.reap() or drained_by == 0.0 or (is_open and time.monotonic() < drained_by):
             if self.status is not None and drained_by == 0.0:
                 drained_by = time.monotonic() + DRAIN_S
-            for descriptor, _ in poll.poll(1000 if drained_by == 0.0 else 50):
+            if self.status is None:
+                self.watch_lease()
+            for descriptor, _ in poll.poll(self.patience_ms() if drained_by == 0.0 else 50):
                 data = os.read(descriptor, READ_BYTES)
                 if descriptor == wake_read:
                     continue
@@ -188,8 +248,31 @@ class Shim:
                     is_open = False
         self.finish(reason)
 
+    def patience_ms(self) -> int:
+        """How long to sleep at most while the engine runs."""
+        if self.kill_at_ms:
+            return max(10, min(1000, self.kill_at_ms - boottime_ms()))
+        return max(10, min(1000, self.lease.left_ms()))
+
+    def watch_lease(self) -> None:
+        """Ends the engine when no head has been heard of for too long: SIGTERM, and SIGKILL after the grace."""
+        if not self.halted and self.lease.left_ms() <= 0:
+            self.halted = f"no head for {self.lease.stop_after_ms / 1000:g} s, and no agent that ended it"
+            self.kill_at_ms = boottime_ms() + int(float(self.spec.get("stop_grace_s") or 0) * 1000)
+            if not self.is_told_to_end:  # for many programs the second signal means: at once
+                self.forward(signal.SIGTERM, None)
+        elif self.kill_at_ms and boottime_ms() >= self.kill_at_ms:
+            self.kill_at_ms = boottime_ms() + 1000
+            for child in {self.pid, *children()}:
+                try:
+                    os.kill(child, signal.SIGKILL)
+                except OSError:
+                    pass  # ended meanwhile
+            self.forward(signal.SIGKILL, None)
+
     def forward(self, number: int, frame: FrameType | None) -> None:
         """Passes a signal on to the engine's group."""
+        self.is_told_to_end = True
         if self.pid and self.status is None:
             try:
                 os.killpg(self.pid, number)
@@ -218,11 +301,9 @@ class Shim:
 
     def identity(self) -> dict[str, Any]:
         """What the next agent needs to know that this is still the same process."""
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot_id = file.read().strip()
         me = os.getpid()
         return {
-            "boot_id": boot_id,
+            "boot_id": boot_id(),
             "shim_pid": me,
             "shim_ticks": start_ticks(me),
             "pid": self.pid,
@@ -232,7 +313,13 @@ class Shim:
 
     def finish(self, reason: str) -> None:
         """Writes how it ended."""
-        end = {"exit_code": self.status, "error": reason, "strays": self.strays, "ended_at": time.time()}
+        end = {
+            "exit_code": self.status,
+            "error": reason,
+            "halted": self.halted,
+            "strays": self.strays,
+            "ended_at": time.time(),
+        }
         write_json(os.path.join(self.directory, "exit.json"), end)
 
 
@@ -243,7 +330,7 @@ def main() -> None:
         spec = json.load(file)
     os.umask(0o077)
     os.chdir("/")
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     Shim(os.path.dirname(path), spec).run()
 
 

@@ -118,6 +118,7 @@ REPLICA_BACKOFF_CAP_MS = 300_000
 REPLICA_PLACEMENTS = 6  # failed placements of a replica before it stays failed
 REPLACE_STOP_AFTER_MS = 60_000  # replicas that may be replaced stop by themselves after so long without a head
 REPLACE_MARGIN_MS = 30_000  # beyond lease, stop_after and grace, before an unreachable replica is replaced
+SHIM_STOP_SLACK_MS = 5_000  # a shim ends its engine so long after its agent should have; far below the margin
 PLACEMENT_RETRY_MS = 5_000
 PLACEMENTS_PER_TICK = 50  # services that look again for a place in one turn
 PLACEMENT_NODES_EXACT = 256  # with more nodes, those with the model and a sample of the others are compared

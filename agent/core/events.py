@@ -124,7 +124,7 @@ class ReplicaExited(Event, frozen=True):
     """The engine ended and its whole process group was looked for and killed.
 
     exit_code None: not known. `left`: processes that are still there after SIGKILL; `gpu_bytes_left`: memory that
-    they still hold.
+    they still hold. `halted`: why its shim ended it without being told to (no head, and no agent, for too long).
     """
 
     replica: str
@@ -133,6 +133,7 @@ class ReplicaExited(Event, frozen=True):
     last_log: tuple[str, ...] = ()
     left: tuple[int, ...] = ()
     gpu_bytes_left: int = 0
+    halted: str = ""
 
 
 class ReplicaProbed(Event, frozen=True):

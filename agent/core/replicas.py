@@ -257,6 +257,10 @@ def exited(turn: Turn, event: ReplicaExited) -> None:
         return
     _gone(turn, task)
     ended = replace(task, exit_code=event.exit_code, last_log=event.last_log, pid=0, start_ticks=0)
+    if event.halted and ended.desired == "running" and not ended.halted and not ended.needs_replacing:
+        error = errors.Unavailable(f"stopped by its own shim: {event.halted}").info()
+        turn.put(replace(ended, halted=event.halted, error=error), "replica_halted", cause="stop_after")
+        return
     if not _has_to_run(turn, ended):
         turn.put(ended, "replica_exited", cause=task.op_id)
         return

@@ -141,12 +141,12 @@ def ensure_copy(models: Path, storage: str = "disk") -> wire.EnsureCopy:
     return wire.EnsureCopy("org/m", "main", storage, (wire.Source(f"file://{models}/model.gguf"),))
 
 
-def ensure_replica(root: Path) -> wire.EnsureReplica:
+def ensure_replica(root: Path, stop_after_ms: int = 0) -> wire.EnsureReplica:
     """An order for an engine of it."""
     return wire.EnsureReplica(
         "chat-0", "chat", "org/m", "main", "disk", "command",
         argv=(sys.executable, str(PROGRAM), "{port}", str(root)),
-        health=wire.HealthSpec(period_s=0.2, canary={"max_tokens": 1}),
+        health=wire.HealthSpec(period_s=0.2, canary={"max_tokens": 1}), stop_after_ms=stop_after_ms,
     )  # fmt: skip
 
 
@@ -217,6 +217,34 @@ async def test_sigterm_leaves_engines_and_ram(tmp_path: Path) -> None:
         assert "task failed" not in n.log()
         async with aiohttp.ClientSession() as http, http.get(f"http://127.0.0.1:{ready.detail['port']}/health") as r:
             assert r.status == 200
+
+
+async def test_stop_after_holds_without_an_agent(tmp_path: Path) -> None:
+    """The agent is killed while the head counts on stop_after: the engine ends all the same, and a new agent tells."""
+    async with node(tmp_path) as n:
+        await n.start()
+        await n.connected(1)
+        await n.head.command(ensure_copy(n.models), 1, DISK)
+        await n.head.command(ensure_replica(tmp_path, stop_after_ms=1_500), 3, REPLICA)
+        ready = await n.done(REPLICA, 3)
+        assert n.process is not None
+        n.process.kill()
+        await n.wait_ended(n.process)
+        await n.start()  # a renewed lease keeps it
+        await n.connected(2)
+        await until(lambda: (r := n.head.replica("chat-0")) and r.state == "ready", "found again")
+        n.process.kill()
+        await n.wait_ended(n.process)
+        assert is_alive(ready.detail["pid"])
+        await until(lambda: not is_alive(ready.detail["pid"]), "the engine's end", timeout_s=START_S)
+        assert not list((tmp_path / "state").glob("replicas/chat-0/2"))
+        await n.start()
+        await n.connected(3)
+        await until(lambda: (r := n.head.replica("chat-0")) and r.state == "stopped", "the agent tells")
+        found = n.head.replica("chat-0")
+        assert found is not None
+        assert found.error is not None
+        assert "no head for" in found.error.message
 
 
 async def test_killed_mover_comes_back(tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from agent import procs
+from agent.lease_note import LeaseNote
 from agent.logs import end_of, read_from, segments
 from agent.replicas import SHIM
+from common.clock import boottime_ms
 
 WAIT_S = 20.0
 
@@ -36,10 +38,10 @@ class Run:
         self.mark = str(directory)
         self.shim: subprocess.Popen[bytes] | None = None
 
-    def start(self, script: str, *, log_bytes: int = 65_536, argv: list[str] | None = None) -> Run:
-        """Starts `sh -c script` (or argv) below a shim."""
+    def start(self, script: str, *, log_bytes: int = 65_536, argv: list[str] | None = None, **more: object) -> Run:
+        """Starts `sh -c script` (or argv) below a shim; `more` stands in the spec."""
         env = {"PATH": os.defpath, procs.MARK: self.mark}
-        spec = {"argv": argv or ["sh", "-c", script], "env": env, "cwd": "/", "log_bytes": log_bytes}
+        spec = {"argv": argv or ["sh", "-c", script], "env": env, "cwd": "/", "log_bytes": log_bytes, **more}
         (self.directory / "spec.json").write_text(json.dumps(spec))
         self.shim = subprocess.Popen(
             [sys.executable, "-I", "-S", str(SHIM), str(self.directory / "spec.json")],
@@ -180,3 +182,98 @@ def test_shim_is_small(run: Run) -> None:
     process = procs.read_process(run.pid)
     assert process is not None
     assert process.resident_bytes < 25 << 20
+
+
+# without head and agent for too long
+def note_of(run: Run) -> LeaseNote:
+    """The lease's file, as the agent writes it."""
+    return LeaseNote(run.directory / "lease", procs.boot_id())
+
+
+def halting(run: Run, stop_after_ms: int, grace_s: float = 5.0) -> dict[str, object]:
+    """What a spec says of an engine that must not outlive the lease."""
+    return {"lease": str(run.directory / "lease"), "stop_after_ms": stop_after_ms, "stop_grace_s": grace_s}
+
+
+TRAPPED = "trap 'echo bye; exit 5' TERM; echo up; while :; do sleep 0.05; done"
+
+
+def test_engine_ends_when_the_lease_is_not_renewed(run: Run) -> None:
+    """No agent, no lease: SIGTERM once stop_after has passed since its end, and exit.json says why."""
+    until_ms = boottime_ms() + 400
+    note_of(run).write(until_ms)
+    end = run.start(TRAPPED, **halting(run, 300)).end()
+    assert boottime_ms() >= until_ms + 300
+    assert end["exit_code"] == 5
+    assert "no head for 0.3 s" in str(end["halted"])
+
+
+def test_renewed_lease_keeps_the_engine(run: Run) -> None:
+    """While somebody renews the note the engine runs on, whichever agent process that is; then it ends."""
+    note = note_of(run)
+    note.write(boottime_ms() + 500)
+    run.start(TRAPPED, **halting(run, 300))
+    identity = run.identity()
+    began_ms = boottime_ms()
+    while boottime_ms() < began_ms + 3_000:
+        note.write(boottime_ms() + 500)
+        assert procs.is_running(identity["pid"], identity["ticks"])
+        time.sleep(0.02)
+    assert run.end()["exit_code"] == 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        '{"boot_id": "another", "until_boottime_ms": 99999999999999, "again": 99999999999999}',
+        '{"boot_id": "BOOT", "until_boottime_ms": 99999999999999, "again": 99999999999998}',
+        '{"boot_id": "BOOT", "until_boottime_ms": "x", "again": "x"}',
+        "[1]",
+    ],
+)
+def test_note_that_cannot_be_believed_renews_nothing(run: Run, text: str) -> None:
+    """No note, half a note or one of another boot: the engine ends stop_after its own start."""
+    if text:
+        (run.directory / "lease").write_text(text.replace("BOOT", procs.boot_id()))
+    assert run.start(TRAPPED, **halting(run, 200)).end()["exit_code"] == 5
+
+
+def test_halted_engine_that_will_not_end_is_killed(run: Run) -> None:
+    """After the grace everything of it is killed, also what moved to a session of its own."""
+    stubborn = "trap '' TERM; setsid sh -c \"trap '' TERM; echo two; sleep 600\" & echo up; while :; do sleep 0.05; done"
+    end = run.start(stubborn, **halting(run, 1_000, grace_s=0.2)).end()
+    assert end["exit_code"] == -signal.SIGKILL
+    assert {"up", "two"} <= set(run.output().split())
+    assert procs.members(run.pid, run.mark) == []
+
+
+def test_engine_that_is_ending_is_not_signalled_twice(run: Run) -> None:
+    """An engine that its agent has told to end is not told again when the lease is over: it has its grace."""
+    script = "trap 'n=$((n+1))' TERM; n=0; echo up; i=0; while [ $i -lt 40 ]; do sleep 0.05; i=$((i+1)); done; exit $n"
+    run.start(script, **halting(run, 700, grace_s=30))
+    until(lambda: "up" in run.output(), "the engine's first line")
+    os.kill(run.pid, signal.SIGTERM)
+    end = run.end()
+    assert end["exit_code"] == 1
+    assert end["halted"]
+
+
+def test_engine_dies_with_its_shim_when_it_must_not_outlive_the_lease(run: Run) -> None:
+    """Without a shim nobody would end it in time: the kernel does at once."""
+    run.start("sleep 600", **halting(run, 600_000))
+    identity = run.identity()
+    os.kill(run.pid, signal.SIGKILL)
+    until(lambda: not procs.is_running(identity["pid"], identity["ticks"]), "the engine's end")
+
+
+def test_without_stop_after_the_engine_runs_on(run: Run) -> None:
+    """An engine that may outlive the lease does, and outlives its shim too."""
+    note_of(run).write(1)
+    run.start("sleep 600", lease=str(run.directory / "lease"), stop_after_ms=0)
+    identity = run.identity()
+    os.kill(run.pid, signal.SIGKILL)
+    assert run.shim is not None
+    run.shim.wait(WAIT_S)
+    assert procs.is_running(identity["pid"], identity["ticks"])
