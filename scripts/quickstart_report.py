@@ -79,14 +79,14 @@ def main() -> int:
             return 1
 
         model = client.model(options.model)
+        copies = sorted(model.copies, key=lambda copy: copy.device)
+        replicas = list(client.replicas(model=options.model))
+        rates = transfer_rates(list(client.jobs(status="completed")), options.model)
         url = os.environ["HERDER_URL"]
         token = (options.state / "head" / "admin.token").read_text().strip()
         request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {token}"})
         with urllib.request.urlopen(request, timeout=10) as answer:
             metrics = answer.read().decode()
-        copies = sorted(model.copies, key=lambda copy: copy.device)
-        replicas = list(client.replicas(model=options.model))
-        rates = transfer_rates(list(client.jobs(status="completed")), options.model)
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("where")

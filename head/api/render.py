@@ -18,6 +18,7 @@ from common.manifest import Manifest
 from common.recipe import Recipe
 from common.wire import Gpu, GpuReading, Inventory
 from head.core import node_facts, service_views
+from head.core.admission import file_system_free_bytes
 from head.core.objects import ApiKey, Copy, Job, Model, Node, Replica, Service, Step
 from head.core.state import JOB_ENDED, Live, Progress, State
 from herder import types as api
@@ -126,8 +127,7 @@ def _disk(node: Node, live: Live | None, used: dict[str, int], reserved: dict[st
     taken = max(used.get("disk", 0), telemetry.disk_used_bytes if telemetry else 0)
     held = max(reserved.get("disk", 0), telemetry.disk_reserved_bytes if telemetry else 0)
     free = max(0, total - taken - held)
-    if telemetry is not None and telemetry.disk_free_bytes:
-        free = min(free, telemetry.disk_free_bytes)
+    free = min(free, file_system_free_bytes(node, live, free))
     return api.DeviceView(f"{node.id}:disk", "disk", total, taken, held, free)
 
 

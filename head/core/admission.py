@@ -9,8 +9,8 @@ from __future__ import annotations
 from common import ids
 from common.errors import DeviceNotFound, HerderError, InvalidDevice
 from head.core.copy_facts import NOT_BEGUN, size_of
-from head.core.objects import Copy
-from head.core.state import State
+from head.core.objects import Copy, Node
+from head.core.state import Live, State
 
 
 def devices_of(state: State, node_id: str) -> list[str]:
@@ -118,7 +118,16 @@ def free_bytes(state: State, device: str) -> int:
         return 0
     parsed = ids.parse_device(device)
     free = budget_bytes(state, parsed) - committed_bytes(state, parsed)
-    live = state.live.get(parsed.node)
-    if parsed.kind == "disk" and live is not None and live.telemetry is not None:
-        free = min(free, live.telemetry.disk_free_bytes)
+    if parsed.kind == "disk":
+        free = min(free, file_system_free_bytes(state.nodes[parsed.node], state.live.get(parsed.node), free))
     return max(0, free)
+
+
+def file_system_free_bytes(node: Node, live: Live | None, unknown: int) -> int:
+    """What the store's file system had free: by the latest reading, before the first one by the hello's inventory.
+
+    `unknown` is given back when neither says.
+    """
+    if live is not None and live.telemetry is not None and live.telemetry.disk_free_bytes:
+        return live.telemetry.disk_free_bytes
+    return node.inventory.disks[0].free_bytes if node.inventory.disks else unknown

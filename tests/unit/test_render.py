@@ -13,6 +13,7 @@ from common import wire
 from common.errors import ErrorInfo
 from common.manifest import Manifest, ManifestFile
 from head.api import render
+from head.core import admission
 from head.core.objects import ApiKey, Copy, Job, Model, ModelManifest, Node, Object, Pin, Replica, Service, Step
 from head.core.state import Live, Progress, State, restore
 
@@ -95,6 +96,15 @@ def test_devices_add_up() -> None:
     assert (dram.used_bytes, dram.free_bytes) == (10 * GIB, 90 * GIB)
     assert (gpu0.device, gpu0.used_bytes, gpu0.utilisation) == ("n1:gpu0", 0, None)
     assert (gpu1.used_bytes, gpu1.free_bytes, gpu1.power_w) == (30 * GIB, 50 * GIB, 300.0)
+
+
+def test_free_space_before_the_first_reading() -> None:
+    """Until telemetry comes, the disk is as free as the hello's inventory said, not as the budget would allow."""
+    known = node()
+    inventory = msgspec.structs.replace(known.inventory, disks=(wire.Disk("/store", "ext4", 900 * GIB, 7 * GIB),))
+    state = online(state_of(msgspec.structs.replace(known, inventory=inventory)))
+    assert render.device_views(state, state.nodes["n1"])[0].free_bytes == 7 * GIB
+    assert admission.free_bytes(state, "n1:disk") == 7 * GIB
 
 
 def test_what_starts_on_a_gpu_is_reserved_until_it_is_ready() -> None:
