@@ -38,7 +38,7 @@ from agent.runtimes.registry import find_engines, make_runtimes
 from common import ids, limits, wire
 from common.clock import SystemClock, boottime_ms
 from common.config import read_secret
-from common.errors import HerderError, InvalidConfig
+from common.errors import HerderError, InvalidConfig, InvalidDevice
 from common.statedir import StateDir
 from common.tasks import Supervisor
 from common.telemetry import Notifier, calm_gc, fields, ticks
@@ -232,8 +232,11 @@ class Agent:
     # life
     async def start(self) -> None:
         """Brings everything up. Raises: HerderError."""
-        self.config.store_path.mkdir(mode=0o755, parents=True, exist_ok=True)
-        self.files.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder, mode in ((self.config.store_path, 0o755), (self.files.root, 0o700)):
+            try:
+                folder.mkdir(mode=mode, parents=True, exist_ok=True)
+            except OSError as error:
+                raise InvalidConfig(f"{folder} cannot be made: {error.strerror}") from None
         await self._read_inventory()
         await self.replicas.start()
         await self.replicas.kill_orphans(set(self.state.replicas))
@@ -241,7 +244,10 @@ class Agent:
         self.driver.post(ev.AgentStarted(self.boot_id, models_dir, self._noted_lease_ms()))
         self.tasks.start("driver", self.driver.run(), is_critical=True)
         self.tasks.start("mover", self._keep_mover(), is_critical=True)
-        if self.inventory.dram_budget_bytes > 0:
+        if self.inventory.dram_budget_bytes <= 0:
+            none = InvalidDevice("this node has no RAM tier", hint="dram_budget_bytes in its configuration is 0")
+            self.driver.post(ev.HolderFailed(none.info()))
+        else:
             self.holder = HolderClient(
                 self.state_dir.path / "holder" / "holder.sock",
                 self.driver.post,
@@ -266,8 +272,10 @@ class Agent:
         """The head is told the mover's port in hello; a mover that does not come must not keep the node away."""
         try:
             async with asyncio.timeout(10.0):
-                await self.mover.is_ready.wait()
+                await self.mover.is_settled.wait()
         except TimeoutError:
+            pass
+        if not self.mover.is_ready.is_set():
             log.error("the mover is not ready yet", extra=fields(error=self.mover.last_error))
 
     async def _tick(self) -> None:

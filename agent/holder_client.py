@@ -17,6 +17,7 @@ from agent.mover_client import child_env
 from common import limits
 from common.backoff import full_jitter_ms
 from common.clock import boottime_ms
+from common.errors import Unavailable
 from common.telemetry import fields
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class HolderClient:
         self.last_error = ""
         self.is_ready = asyncio.Event()
         self._socket_path = socket_path
+        self._log_path = socket_path.with_suffix(".log")
+        self._came_up = False
         self._post = post
         self._rng = rng or random.Random()
         self._command = (*command, "--socket", str(socket_path), "--budget", str(budget_bytes))
@@ -60,11 +63,15 @@ class HolderClient:
         attempt = 0
         while True:
             started_ms = boottime_ms()
+            self._came_up = False
             try:
                 await self._run_once()
                 self.last_error = "its socket was closed"
             except (OSError, BrokenFrame, TimeoutError) as error:
                 self.last_error = str(error)[:300] or type(error).__name__
+            if not self._came_up:
+                reason = f"this node's RAM tier does not start: {self.last_error}"
+                self._post(ev.HolderFailed(Unavailable(reason, hint=f"{self._log_path} says more").info()))
             attempt = 1 if boottime_ms() - started_ms > STABLE_MS else attempt + 1
             log.error("the holder is not there", extra=fields(error=self.last_error, attempt=attempt))
             delay_ms = full_jitter_ms(
@@ -91,7 +98,7 @@ class HolderClient:
                 elif isinstance(answer, protocol.Done):
                     self.used_bytes, self.budget_bytes = answer.used_bytes, answer.budget_bytes
                     if answer.token == "list":  # noqa: S105 - a request's token
-                        was_ready = True
+                        was_ready = self._came_up = True
                         self._post(ev.HolderReady(answer.holdings))
                         self.is_ready.set()
                     else:
@@ -120,7 +127,8 @@ class HolderClient:
             except OSError:
                 code = self._process.poll()
                 if code is not None:
-                    raise OSError(f"the holder ended with {code} at start; see its lines in the log") from None
+                    said = await asyncio.to_thread(self._last_line)
+                    raise OSError(f"the holder ended with {code} at start{said and f': {said}'}") from None
                 if boottime_ms() > deadline_ms:
                     raise
             await asyncio.sleep(0.02)
@@ -129,10 +137,18 @@ class HolderClient:
         async with asyncio.timeout(5.0):
             return await asyncio.open_unix_connection(str(self._socket_path), limit=protocol.FRAME_BYTES)
 
+    def _last_line(self) -> str:
+        try:
+            lines = self._log_path.read_bytes()[-4_096:].decode(errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return lines[-1][:300] if lines else ""
+
     def _start(self) -> subprocess.Popen[bytes]:
         self._socket_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        log_path = self._socket_path.with_suffix(".log")
-        with log_path.open("ab") as output:
+        if self._log_path.exists():
+            self._log_path.replace(self._log_path.with_suffix(".log.1"))
+        with self._log_path.open("wb") as output:
             return subprocess.Popen(
                 self._command,
                 stdin=subprocess.DEVNULL,

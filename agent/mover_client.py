@@ -25,7 +25,7 @@ from agent.mover.config import MoverConfig
 from common import limits
 from common.backoff import full_jitter_ms
 from common.clock import boottime_ms
-from common.errors import HerderError, Unavailable, from_info
+from common.errors import ErrorInfo, HerderError, Unavailable, from_info
 from common.telemetry import fields
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class MoverClient:
         self.starts = 0
         self.last_error = ""
         self.is_ready = asyncio.Event()
+        self.is_settled = asyncio.Event()  # the first start has come to an end, good or bad
         self._config = config
         self._config_path = state_dir / "mover.json"
         self._post = post
@@ -73,6 +74,8 @@ class MoverClient:
         self._configure: protocol.Request | None = None
         self._waiting: dict[str, asyncio.Future[protocol.Done]] = {}
         self._count = 0
+        self._came_up = False
+        self._said = b""  # the last of what the present mover wrote to stderr
         self._stopping = asyncio.Event()
         self._has_ended = asyncio.Event()
 
@@ -112,6 +115,7 @@ class MoverClient:
         attempt = 0
         while not self._stopping.is_set():
             started_ms = boottime_ms()
+            self._came_up, self._said = False, b""
             try:
                 await self._run_once()
             except (OSError, BrokenFrame, HerderError, TimeoutError) as error:
@@ -120,10 +124,34 @@ class MoverClient:
                 return
             attempt = 1 if boottime_ms() - started_ms > STABLE_MS else attempt + 1
             log.error("the mover ended", extra=fields(error=self.last_error, attempt=attempt))
+            if not self._came_up:
+                self._post(ev.MoverFailed(self._failure()))
+                self.is_settled.set()
             delay_ms = full_jitter_ms(
                 attempt, base_ms=limits.CHILD_BACKOFF_BASE_MS, cap_ms=limits.CHILD_BACKOFF_CAP_MS, rng=self._rng
             )
             await asyncio.sleep(delay_ms / 1000)
+
+    def _failure(self) -> ErrorInfo:
+        """Why it did not come up, in its own words where it had any."""
+        lines = self._said.decode(errors="replace").strip().splitlines()
+        said = lines[-1] if lines else ""
+        try:
+            own = msgspec.json.decode(said, type=ErrorInfo)
+            words, hint = f"{own.code}: {own.message}", own.hint
+        except msgspec.DecodeError:
+            words, hint = said or self.last_error, "its lines stand in the agent's log"
+        return Unavailable(f"this node's mover does not start: {words}"[:500], hint=hint[:300]).info()
+
+    async def _relay(self, stream: asyncio.StreamReader) -> None:
+        """Passes on what the mover writes to stderr, and keeps the last of it."""
+        while piece := await stream.read(65_536):
+            self._said = (self._said + piece)[-4_096:]
+            try:
+                sys.stderr.buffer.write(piece)
+                sys.stderr.buffer.flush()
+            except (OSError, ValueError, AttributeError):
+                pass  # nobody reads our own; the mover's must still be emptied
 
     async def _run_once(self) -> None:
         ours, theirs = socket.socketpair()
@@ -136,6 +164,7 @@ class MoverClient:
                     pass_fds=(theirs.fileno(),),
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.DEVNULL,
+                    stderr=asyncio.subprocess.PIPE,
                     env=child_env(),
                 )
             reader, writer = await asyncio.open_connection(sock=ours, limit=protocol.FRAME_BYTES)
@@ -146,6 +175,8 @@ class MoverClient:
         self.pid = process.pid
         self._has_ended.clear()
         self._writer = writer
+        assert process.stderr is not None
+        relay = asyncio.create_task(self._relay(process.stderr), name="mover-stderr")
         was_ready = False
         try:
             async with asyncio.timeout(READY_TIMEOUT_S):
@@ -168,6 +199,8 @@ class MoverClient:
                 self._post(ev.MoverDied(self.last_error))
             writer.close()
             await asyncio.shield(_end(process))
+            await asyncio.wait((relay,), timeout=1.0)
+            relay.cancel()
             self.pid = 0
             self._has_ended.set()
 
@@ -183,7 +216,9 @@ class MoverClient:
                     if answer.error is not None:
                         raise from_info(answer.error)
                     self._post(ev.MoverReady(answer.copies))
+                    self._came_up = True
                     self.is_ready.set()
+                    self.is_settled.set()
                 case protocol.Done() if answer.token in self._waiting:
                     future = self._waiting[answer.token]
                     if not future.done():

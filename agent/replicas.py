@@ -30,7 +30,8 @@ from agent.runtimes.base import Runtime, Setting, scrubbed
 from agent.runtimes.health import WILDCARDS, check_port, check_url, probe
 from common import errors, limits, wire
 from common.clock import boottime_ms
-from common.errors import EngineFailed, EngineMissing, ErrorInfo, HerderError, PortTaken
+from common.errors import CopyNotFound, EngineFailed, EngineMissing, ErrorInfo, HerderError, PortTaken
+from common.manifest import Manifest
 from common.tasks import Supervisor
 from common.telemetry import fields
 
@@ -141,8 +142,8 @@ class Replicas:
         except (HerderError, OSError) as error:
             self._taken.discard(port)
             info = error.info() if isinstance(error, HerderError) else EngineFailed(str(error)[:300]).info()
-            if isinstance(error, PortTaken):
-                info = replace(info, is_retryable=True)  # whoever holds it may be closing
+            if isinstance(error, PortTaken | CopyNotFound):  # whoever holds it may be closing; it is fetched again
+                info = replace(info, is_retryable=True)
             log.error("an engine did not start", extra=fields(replica=order.replica, run=run, error=info.message))
             self._post(ev.ReplicaSpawnFailed(order.replica, run, info))
             return
@@ -173,6 +174,7 @@ class Replicas:
         runtime = self._runtimes.get(order.runtime)
         if runtime is None:
             raise EngineMissing(f"this agent has no runtime {order.runtime!r}", known=sorted(self._runtimes))
+        check_files(effect.directory, effect.manifest)
         self._files.remember(order.replica)
         directory, key_file = self._files.make(order.replica, run, api_key=order.api_key)
         setting = Setting(order, self._engine_host, port, str(directory), effect.directory, effect.manifest, key_file)
@@ -419,6 +421,24 @@ def _spawn_shim(spec: Path, errors_path: Path, mark: str) -> int:
         setsid=True,
         setsigmask=(),
     )
+
+
+def check_files(directory: str, manifest: Manifest | None) -> None:
+    """That the model's files are there, at their size: an engine's own complaint would name the wrong culprit.
+
+    Raises: CopyNotFound.
+    """
+    if not directory:
+        return
+    if not os.path.isdir(directory):
+        raise CopyNotFound(f"{directory} is not there any more")
+    for file in manifest.files if manifest is not None else ():
+        try:
+            size = os.stat(os.path.join(directory, file.path)).st_size
+        except OSError as error:
+            raise CopyNotFound(f"{file.path} of the copy cannot be read: {error.strerror}") from None
+        if size != file.size:
+            raise CopyNotFound(f"{file.path} of the copy has {size} bytes, not {file.size}")
 
 
 def _reap(pid: int, within_s: float = 0.0) -> bool:

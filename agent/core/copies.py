@@ -149,7 +149,7 @@ def reconcile(turn: Turn, key: str) -> None:
     """Brings the open request in line with the task, and wakes what waits for this copy."""
     state = turn.state
     task = state.copies.get(key)
-    if task is not None and not _can_be_had(turn, task):
+    if task is not None and (_lacks_its_side(turn, task) or not _can_be_had(turn, task)):
         return
     _wake_dependents(turn, task, key)
     verb = _verb(state, task) if task is not None else ""
@@ -162,6 +162,15 @@ def reconcile(turn: Turn, key: str) -> None:
         return
     if task is not None and verb:
         _ask(turn, task, verb)
+
+
+def _lacks_its_side(turn: Turn, task: CopyTask) -> bool:
+    """Work for a mover or holder that does not come up ends with the reason; the head orders it again later."""
+    error = turn.state.mover_error if task.storage == "disk" else turn.state.holder_error
+    if error is None or task.state not in WORKING:
+        return False
+    _give_up(turn, task, error, "failed")
+    return True
 
 
 def _can_be_had(turn: Turn, task: CopyTask) -> bool:
@@ -255,11 +264,13 @@ def ended(
     if state.ask_of.get(ask.key) == token:
         del state.ask_of[ask.key]
     turn.touch("copy", ask.key)
+    is_doubted = ask.key in state.doubted
+    state.doubted.discard(ask.key)
     task = state.copies.get(ask.key)
     if task is None or ask.generation != task.generation or _verb_of(task) != ask.verb:
         return  # an older order's; the present one is pursued next
     if error is not None:
-        _give_up(turn, task, error, "failed")
+        _give_up(turn, task, replace(error, is_retryable=True) if is_doubted else error, "failed")
     elif ask.verb in ("fetch", "verify"):
         _publish(turn, task, done)
     elif ask.verb == "hold":
@@ -362,6 +373,7 @@ def moved(turn: Turn, token: str, moving: Moving) -> None:
 def store_scanned(turn: Turn, copies: tuple[mover.HeldCopy, ...]) -> None:
     """A mover has started and said what is published: the truth about disk copies."""
     turn.state.is_mover_up = True
+    turn.state.mover_error = None
     held = {copy_key(copy.model, copy.revision, "disk"): copy for copy in copies}
     for task in list(turn.state.copies.values()):
         if task.storage != "disk":
@@ -395,6 +407,7 @@ def _found(task: CopyTask, copy: mover.HeldCopy) -> CopyTask:
 def holdings_listed(turn: Turn, holdings: tuple[holder.Holding, ...]) -> None:
     """Connected to a holder that said what it holds: the truth about RAM copies."""
     turn.state.is_holder_up = True
+    turn.state.holder_error = None
     held = {item.key: item for item in holdings if item.is_complete}
     for task in list(turn.state.copies.values()):
         if task.storage != "dram":
@@ -423,6 +436,31 @@ def side_died(turn: Turn, verbs: frozenset[str]) -> None:
         state.moving.pop(ask.key, None)
         turn.touch("copy", ask.key)
     turn.changed()
+
+
+def side_failed(turn: Turn, storages: tuple[str, ...]) -> None:
+    """The mover or the holder does not come up: what waits for it is looked at again."""
+    for task in list(turn.state.copies.values()):
+        if task.storage in storages and task.state in WORKING:
+            turn.touch("copy", task.key)
+
+
+def doubt(turn: Turn, model: str, revision: str) -> None:
+    """An engine did not find the files of a copy that counts as ready: the mover looks at every byte.
+
+    A damaged copy is withdrawn by that and told as failed, retryable, so that the head has what is missing fetched
+    again. A RAM copy of such files is loaded anew afterwards.
+    """
+    disk = turn.state.copy(model, revision, "disk")
+    if disk is None or disk.desired != "present" or disk.state != "ready":
+        return
+    turn.state.doubted.add(disk.key)
+    turn.put(replace(disk, state="verifying"), "copy_doubted")
+    dram = turn.state.copy(model, revision, "dram")
+    if dram is not None and dram.desired == "present" and dram.state == "ready":
+        turn.state.ask_count += 1
+        turn.emit(AskHolder(holder.Release(f"let-go-{turn.state.ask_count}", holding_key(dram))))
+        turn.put(replace(dram, state="loading", is_locked=False), "copy_doubted")
 
 
 def expire(turn: Turn) -> None:

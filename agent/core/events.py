@@ -81,6 +81,12 @@ class MoverDied(Event, frozen=True):
     reason: str
 
 
+class MoverFailed(Event, frozen=True):
+    """A mover was started and did not come up; it is tried again."""
+
+    error: ErrorInfo
+
+
 # the holder of the RAM tier
 class HolderReady(Event, frozen=True):
     """Connected to a holder that has said what it holds."""
@@ -98,6 +104,12 @@ class HolderDone(Event, frozen=True):
 
 class HolderDied(Event, frozen=True):
     reason: str
+
+
+class HolderFailed(Event, frozen=True):
+    """No holder is there and one that was started did not come up; it is tried again."""
+
+    error: ErrorInfo
 
 
 # engines; `run` says which process of the replica is meant

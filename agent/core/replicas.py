@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
+from agent.core import copies
 from agent.core.effects import AttachReplica, ForgetReplica, NoteLease, ProbeReplica, SignalReplica, SpawnReplica
 from agent.core.events import ReplicaExited, ReplicaProbed, ReplicaSpawnFailed, ReplicaStarted
 from agent.core.objects import CopyTask, ReplicaTask
@@ -232,6 +233,8 @@ def spawn_failed(turn: Turn, event: ReplicaSpawnFailed) -> None:
     if task is None:
         return
     _gone(turn, task)
+    if event.error.code == errors.CopyNotFound.code:
+        copies.doubt(turn, task.order.model, task.order.revision)
     if not _has_to_run(turn, task):
         return
     if event.error.is_retryable:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from agent.core.objects import CopyTask, Meta, Object, Outcome, Record, ReplicaTask, copy_key
+from common.errors import ErrorInfo
 
 NEVER_MS = 1 << 62
 
@@ -70,6 +71,9 @@ class State:
     lease_until_ms: int = 0
     is_mover_up: bool = False
     is_holder_up: bool = False
+    mover_error: ErrorInfo | None = None  # why it does not come up
+    holder_error: ErrorInfo | None = None
+    doubted: set[str] = field(default_factory=set)  # copies that are verified because an engine missed files
     asks: dict[str, Ask] = field(default_factory=dict)  # by token
     ask_of: dict[str, str] = field(default_factory=dict)  # copy key -> token of its open ask
     ask_count: int = 0

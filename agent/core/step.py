@@ -87,6 +87,18 @@ def _mover_died(turn: Turn, event: ev.MoverDied) -> None:
     copies.side_died(turn, MOVER_VERBS)
 
 
+def _mover_failed(turn: Turn, event: ev.MoverFailed) -> None:
+    turn.state.is_mover_up = False
+    turn.state.mover_error = event.error
+    copies.side_failed(turn, ("disk",))
+
+
+def _holder_failed(turn: Turn, event: ev.HolderFailed) -> None:
+    turn.state.is_holder_up = False
+    turn.state.holder_error = event.error
+    copies.side_failed(turn, ("dram",))
+
+
 def _holder_died(turn: Turn, event: ev.HolderDied) -> None:
     turn.state.is_holder_up = False
     copies.side_died(turn, HOLDER_VERBS)
@@ -104,12 +116,14 @@ _HANDLERS: dict[type[ev.Event], Callable[[Turn, Any], None]] = {
     ev.MoverMoved: _mover_moved,
     ev.MoverDone: lambda turn, event: copies.ended(turn, event.done.token, event.done.error, event.done, ()),
     ev.MoverDied: _mover_died,
+    ev.MoverFailed: _mover_failed,
     ev.HolderReady: lambda turn, event: copies.holdings_listed(turn, event.holdings),
     ev.HolderMoved: _holder_moved,
     ev.HolderDone: lambda turn, event: copies.ended(
         turn, event.done.token, event.done.error, None, event.done.holdings
     ),
     ev.HolderDied: _holder_died,
+    ev.HolderFailed: _holder_failed,
     ev.ReplicaStarted: replicas.started,
     ev.ReplicaSpawnFailed: replicas.spawn_failed,
     ev.ReplicaExited: replicas.exited,

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -190,7 +191,7 @@ def note_of(run: Run) -> LeaseNote:
     return LeaseNote(run.directory / "lease", procs.boot_id())
 
 
-def halting(run: Run, stop_after_ms: int, grace_s: float = 5.0) -> dict[str, object]:
+def halting(run: Run, stop_after_ms: int, grace_s: float = 5.0) -> dict[str, Any]:
     """What a spec says of an engine that must not outlive the lease."""
     return {"lease": str(run.directory / "lease"), "stop_after_ms": stop_after_ms, "stop_grace_s": grace_s}
 
@@ -242,8 +243,9 @@ def test_note_that_cannot_be_believed_renews_nothing(run: Run, text: str) -> Non
 
 def test_halted_engine_that_will_not_end_is_killed(run: Run) -> None:
     """After the grace everything of it is killed, also what moved to a session of its own."""
-    stubborn = "trap '' TERM; setsid sh -c \"trap '' TERM; echo two; sleep 600\" & echo up; while :; do sleep 0.05; done"
-    end = run.start(stubborn, **halting(run, 1_000, grace_s=0.2)).end()
+    stray = "setsid sh -c \"trap '' TERM; echo two; sleep 600\""
+    script = f"trap '' TERM; {stray} & echo up; while :; do sleep 0.05; done"
+    end = run.start(script, **halting(run, 1_000, grace_s=0.2)).end()
     assert end["exit_code"] == -signal.SIGKILL
     assert {"up", "two"} <= set(run.output().split())
     assert procs.members(run.pid, run.mark) == []

@@ -386,3 +386,28 @@ class TestSession:
         """The core is total: an event it does not know changes nothing."""
         node.post(ev.Event())
         assert node.state.unknown_events == 1
+
+
+@pytest.mark.parametrize(("storage", "event"), [("disk", ev.MoverFailed), ("dram", ev.HolderFailed)])
+def test_side_that_does_not_come_up_ends_what_waits_for_it(
+    slow: Node, storage: str, event: type[ev.MoverFailed | ev.HolderFailed]
+) -> None:
+    """Orders open and to come fail with the reason while mover or holder fail to start, and work once they are up."""
+    error = ErrorInfo("unavailable", "it does not start", is_retryable=True)
+    if storage == "dram":
+        slow.command(ensure_copy(), 1)
+        slow.finish(next(iter(slow.mover_asks)))
+    slow.command(ensure_copy(storage), 2)
+    slow.results()
+    slow.post(ev.MoverDied("killed") if storage == "disk" else ev.HolderDied("killed"))
+    slow.mover_asks.clear()
+    slow.holder_asks.clear()
+    assert slow.results() == []
+    slow.post(event(error))
+    slow.command(ensure_copy(storage), 3)
+    op_id = f"copy:org/m@main|n1:{storage}"
+    assert slow.results() == [(op_id, 2, "failed", "unavailable"), (op_id, 3, "failed", "unavailable")]
+    slow.is_eager = True
+    slow.post(ev.MoverReady(slow._copies()) if storage == "disk" else ev.HolderReady(()))
+    slow.command(ensure_copy(storage), 4)
+    assert slow.results() == [(op_id, 4, "ok", "")]

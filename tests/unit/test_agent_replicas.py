@@ -394,3 +394,35 @@ class TestAgentRestart:
         assert "reboot" in status.error.message
         node.command(ensure_replica(), 2)
         assert spawns(node) == [1, 2]
+
+
+def test_engine_that_its_shim_ended_counts_as_halted(node: Node) -> None:
+    """A shim that ended its engine for want of a head: stopped with the reason, no restart until it is ordered."""
+    ready(node, stop_after_ms=60_000)
+    process = node.processes.pop("chat-0")
+    node.post(ev.ReplicaExited("chat-0", process.run, -15, halted="no head for 60 s"))
+    assert node.replica_state() == "stopped"
+    assert node.state.replicas["chat-0"].restarts == 0
+    error = node.state.replicas["chat-0"].error
+    assert error is not None
+    assert "no head for 60 s" in error.message
+    node.command(ensure_replica(stop_after_ms=60_000), 2)
+    assert node.replica_state() == "starting"
+
+
+def test_missing_files_put_the_copy_in_doubt(node: Node) -> None:
+    """Files that an engine missed: the mover verifies; a damaged copy is told as failed, the engine waits for it."""
+    node.is_eager = False
+    node.command(ensure_replica(), 2)
+    process = node.processes.pop("chat-0")
+    missing = ErrorInfo("copy_not_found", "model.gguf is gone", is_retryable=True)
+    node.state.engines["chat-0"].phase = "spawning"
+    node.post(ev.ReplicaSpawnFailed("chat-0", process.run, missing))
+    assert node.copy_state("org/m@main|disk") == "verifying"
+    (token,) = node.mover_asks
+    node.finish(token, ErrorInfo("digest_mismatch", "1 damaged file"))
+    copy = node.state.copies["org/m@main|disk"]
+    assert (copy.state, copy.error and copy.error.is_retryable) == ("failed", True)
+    node.wait(5_000)
+    assert node.replica_state() == "waiting_copy"
+    assert "chat-0" not in node.processes
