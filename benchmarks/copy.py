@@ -1,6 +1,6 @@
 """Node-to-node copy of one file over loopback, durable and verified, beside the tools people use for it.
 
-    python benchmarks/copy.py [--gib 4] [--rounds 3] [--dir DIR] [--hot]
+    python -m benchmarks.copy [--gib 4] [--rounds 3] [--dir DIR] [--hot]
 
 Every round runs, in turn: the disk's own O_DIRECT write and read limits, our two movers (peer copy with ticket and
 manifest: BLAKE3 per chunk, fsync, published), curl + sync + sha256sum, rsync over its daemon + sync, scp + sync.
@@ -25,15 +25,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from agent.mover import protocol
+from common import fsio
+from common.wire import Source
+from tests.doubles.mover_client import MoverClient, ticket
+
 ROOT = Path(__file__).resolve().parents[1]
-# this file is named copy.py: its own directory must not shadow the standard library's copy for others
-sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "benchmarks")]
-
-from agent.mover import protocol  # noqa: E402
-from common import fsio  # noqa: E402
-from common.wire import Source  # noqa: E402
-from tests.doubles.mover_client import MoverClient, ticket  # noqa: E402
-
 BLOCK = 4 << 20
 PORT = 18_490  # below the ports that the kernel gives to movers
 KEY = bytes(32)

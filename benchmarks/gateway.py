@@ -1,6 +1,6 @@
 """What a request and a streamed piece cost in the gateway, beside a bare aiohttp pass-through and nginx.
 
-    python benchmarks/gateway.py [--requests N] [--streams N] [--rounds N]
+    python -m benchmarks.gateway [--requests N] [--streams N] [--rounds N]
 
 One stub engine, one load generator and one gateway at a time, all on this machine over loopback, each gateway one
 process on uvloop (nginx: one worker). The figure is CPU time of the gateway's process, user and system, as the
@@ -31,7 +31,6 @@ import uvloop
 from aiohttp import web
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 PORTS = {"stub": 18_480, "herder": 18_481, "bare": 18_482, "nginx": 18_483}
 CHUNKS = 64
@@ -224,7 +223,7 @@ def running(name: str, scratch: Path) -> Iterator[tuple[int, str]]:
         config.write_text(NGINX.format(scratch=scratch, stub=PORTS["stub"], port=PORTS["nginx"]))
         command = ["nginx", "-c", str(config), "-p", str(scratch)]
     else:
-        command = [sys.executable, __file__, "--role", name]
+        command = [sys.executable, "-m", "benchmarks.gateway", "--role", name]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         assert process.stdout is not None

@@ -117,13 +117,13 @@ def running_head(state_dir: Path, port: int, *, cpu: int | None = None) -> Itera
 
 
 class Swarm:
-    """Simulated agents in processes of their own (benchmarks/swarm.py)."""
+    """Simulated agents in processes of their own (benchmarks.swarm)."""
 
     def __init__(self, head: Head, count: int, *, processes: int = 1, cpu: int | None = None) -> None:
         share = count // processes
         self._members = []
         for index in range(processes):
-            argv = [sys.executable, str(ROOT / "benchmarks" / "swarm.py"), "--url", head.url + "/api/v1/agent"]
+            argv = [sys.executable, "-m", "benchmarks.swarm", "--url", head.url + "/api/v1/agent"]
             argv += ["--token-file", str(head.state_dir / "join.token"), "--count", str(share)]
             argv += ["--first", str(index * share)]
             if cpu is not None:

@@ -1,7 +1,7 @@
 """Simulated agents: real websockets and real messages, many in one process, to load a head.
 
-Used by benchmarks/control_plane.py. Each agent says hello with the inventory of an 8-GPU machine, reports four
-replicas and two copies, then renews its lease and sends telemetry at the interval that the head tells.
+Used by benchmarks.control_plane. Each agent says hello with the inventory of an 8-GPU machine, reports that it holds
+nothing, then renews its lease and sends the readings of 8 GPUs at the interval that the head tells.
 """
 
 from __future__ import annotations

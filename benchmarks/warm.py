@@ -1,6 +1,6 @@
 """Disk to RAM: a cold file made resident and locked by a holder process, beside the disk's own read limit.
 
-    python benchmarks/warm.py [--gib 4] [--rounds 3] [--dir DIR]
+    python -m benchmarks.warm [--gib 4] [--rounds 3] [--dir DIR]
 
 Each round: the file is evicted and read with O_DIRECT (the limit), evicted and held by a real holder (mincore says
 how much is resident), evicted and copied to /dev/shm with cp. Bars: at least 0.85 of the limit and at most 0.05 CPU
@@ -22,12 +22,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from agent import holder_protocol as protocol
+from common import fsio
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:] = [str(ROOT), *(entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "benchmarks")]
-
-from agent import holder_protocol as protocol  # noqa: E402
-from common import fsio  # noqa: E402
-
 BLOCK = 4 << 20
 BAR_RATE, BAR_CPU = 0.85, 0.05
 
