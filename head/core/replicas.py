@@ -182,7 +182,12 @@ def _update(turn: Turn, replica: Replica, **fields: Any) -> None:
     changed = replace(replica, **fields)
     if changed != replica:
         what = f"replica_{state}" if state != replica.state else "replica_changed"
-        turn.put(changed, what)
+        # Once the engine is well again its error is gone from the object: the story alone still tells why it fell.
+        news = changed.error if changed.error != replica.error else None
+        detail: dict[str, Any] = {}
+        if news is not None:
+            detail = {"error": news.code, "reason": news.message, "restarts": changed.restarts}
+        turn.put(changed, what, **detail)
     elif replica.gpus:
         turn.touch("replica", replica.id)  # its measured memory may be new to the projection
 
