@@ -16,6 +16,7 @@ import uvloop
 import common
 from agent.config import AgentConfig, load_agent_config, posture
 from agent.daemon import Agent
+from agent.release import release
 from common.errors import HerderError, Internal
 from common.statedir import StateDir
 from common.telemetry import fields, setup_logging
@@ -29,16 +30,28 @@ from common.telemetry import fields, setup_logging
 @click.option("--node-id", help="Overrides node_id.")
 @click.option("--state-dir", help="Overrides state_dir.")
 @click.option("--check-config", is_flag=True, help="Check the configuration, print the posture line, and end.")
+@click.option("--release", "releases", is_flag=True, help="End engines and RAM tier of a stopped agent, and end.")
 def main(
-    config_path: Path | None, head_url: str | None, node_id: str | None, state_dir: str | None, check_config: bool
+    config_path: Path | None,
+    head_url: str | None,
+    node_id: str | None,
+    state_dir: str | None,
+    check_config: bool,
+    releases: bool,
 ) -> None:
     """Runs the agent of this node until SIGTERM; engines keep running."""
     overrides = {"head_url": head_url, "node_id": node_id, "state_dir": state_dir}
     try:
         _check_beside()
+        if releases and state_dir:
+            click.echo(release(Path(state_dir).absolute()))
+            return
         config = load_agent_config(config_path, overrides=overrides)
         if check_config:
             click.echo(posture(config))
+            return
+        if releases:
+            click.echo(release(config.state_path))
             return
         setup_logging(config.log_level, config.log_format)
         sys.exit(uvloop.run(_run(config)))

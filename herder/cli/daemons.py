@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ LOCK_FILE = "up.lock"
 POLL_S = 0.05
 AGENT_STOP_S = 30.0
 HEAD_STOP_S = 30.0
+RELEASE_S = 180.0
 
 
 class Process(msgspec.Struct, frozen=True):
@@ -155,6 +157,30 @@ def _default_base() -> Path:
     from herder.settings import state_base_dir
 
     return state_base_dir({key: value for key, value in os.environ.items() if key != "HERDER_STATE_DIR"})
+
+
+def release(base: Path) -> str:
+    """Ends what outlives the agent, engines and RAM tier; what that was, in words. Raises: HerderError."""
+    if not (base / "agent").is_dir():
+        return ""
+    command = argv_of("agent", ["--release", "--state-dir", str(base / "agent")])
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, "PYTHONSAFEPATH": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=RELEASE_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise HerderError("timed_out", f"engines and RAM tier were not let go within {RELEASE_S:g} s") from None
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()
+        raise HerderError("agent_failed", said[-1] if said else f"herder-agent ended with {done.returncode}")
+    return done.stdout.strip()
 
 
 def is_port_open(host: str, port: int) -> bool:

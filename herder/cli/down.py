@@ -15,7 +15,9 @@ from herder.settings import Settings, read_token_file, state_base_dir
 
 @verb("down", examples=("herder down", "herder down --stop-engines", "herder down --state-dir ./state"))
 @click.option("--state-dir", type=click.Path(path_type=Path), help="As given to `herder up` (HERDER_STATE_DIR).")
-@click.option("--stop-engines", is_flag=True, help="Also stop this node's engines (deletes their services).")
+@click.option(
+    "--stop-engines", is_flag=True, help="Also stop this node's engines (deletes their services) and its RAM tier."
+)
 @pass_globals
 def command(options: Globals, state_dir: Path | None, stop_engines: bool) -> None:
     """Stop the head and the agent that `herder up` started. Engines keep running unless --stop-engines.
@@ -26,7 +28,10 @@ def command(options: Globals, state_dir: Path | None, stop_engines: bool) -> Non
     record = daemons.read_record(base)
     if record is None or not record.alive:
         (base / daemons.RECORD_FILE).unlink(missing_ok=True)
+        released = daemons.release(base) if stop_engines else ""
         output.emit(options, {"stopped": []}, f"herder is not up in {base}", quiet="")
+        if released:
+            output.note(options, released)
         return
     running = _settle(options, base, record, is_stopping=stop_engines)
     names = record.alive
@@ -44,6 +49,8 @@ def command(options: Globals, state_dir: Path | None, stop_engines: bool) -> Non
             if not daemons.stop_process(process, seconds):
                 output.note(options, f"the {name} did not end in {seconds:g} s: killed")
     (base / daemons.RECORD_FILE).unlink(missing_ok=True)
+    if stop_engines:
+        daemons.release(base)
     output.emit(options, {"stopped": names}, f"stopped: {' and '.join(names)}", quiet="")
     if running:
         output.note(options, running)

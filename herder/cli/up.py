@@ -80,7 +80,11 @@ class Plan:
     "--llama-server", type=click.Path(path_type=Path), metavar="PATH", help="llama.cpp's server; default: on PATH."
 )
 @click.option("--detach", "is_detached", is_flag=True, help="Return once both are ready; `herder down` stops them.")
-@click.option("--stop-engines", is_flag=True, help="At the end also stop this node's engines (deletes their services).")
+@click.option(
+    "--stop-engines",
+    is_flag=True,
+    help="At the end also stop this node's engines (deletes their services) and its RAM tier.",
+)
 @pass_globals
 def command(
     options: Globals,
@@ -365,6 +369,11 @@ class Pair:
             reader.join(2.0)
         if not any(child.poll() is None for child in self._children.values()):
             (self._plan.base / daemons.RECORD_FILE).unlink(missing_ok=True)
+            if stops_engines:
+                try:
+                    daemons.release(self._plan.base)
+                except HerderError as error:
+                    output.note(options, error.message)
         if running:
             output.note(options, running)
 

@@ -39,6 +39,18 @@ class Site:
         argv = [sys.executable, "-c", CODE, *args]
         return subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=100, check=False)
 
+    def processes(self) -> list[str]:
+        """Command lines of the processes that name this folder or the daemons' files in it."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = entry.read_bytes()
+            except OSError:
+                continue  # it ended meanwhile
+            if str(self.base).encode() in words:
+                found.append(words.replace(b"\0", b" ").decode(errors="replace"))
+        return found
+
     def alive(self) -> list[str]:
         """Which daemons run."""
         record = daemons.read_record(self.base)
@@ -148,6 +160,40 @@ def test_daemons_of_a_killed_command_are_found(site: Site) -> None:
     assert "error[already_running]: " in second.stderr
     assert site.run("down").returncode == 0
     assert site.alive() == []
+
+
+@pytest.mark.parametrize("is_detached", [True, False])
+def test_stop_engines_leaves_no_process(site: Site, is_detached: bool) -> None:
+    """--stop-engines also ends the holder of the RAM tier: nothing of ours is left, whichever way they were started."""
+    with site.start("up", *PORTS, "--node-id", "n1", *(["--detach"] if is_detached else [])) as up:
+        read_until(up, "herder chat")
+        _down_leaves_nothing(site)
+
+
+def _down_leaves_nothing(site: Site) -> None:
+    socket = site.base / "agent/holder/holder.sock"
+    assert daemons.wait_until(socket.exists, 20)
+    assert site.processes()
+    down = site.run("down", "--stop-engines")
+    assert down.returncode == 0, down.stderr
+    assert daemons.wait_until(lambda: not site.processes(), 20), site.processes()
+    again = site.run("down", "--stop-engines")
+    assert again.returncode == 0, again.stderr
+
+
+def test_stop_engines_after_a_crash(site: Site) -> None:
+    """With head and agent killed, `down --stop-engines` still ends what outlived them, and says what that was."""
+    assert site.run("up", *PORTS, "--node-id", "n1", "--detach", "-q").returncode == 0
+    assert daemons.wait_until((site.base / "agent/holder/holder.sock").exists, 20)
+    record = daemons.read_record(site.base)
+    assert record is not None
+    for process in (record.agent, record.head):
+        process.signal(signal.SIGKILL)
+    assert daemons.wait_until(lambda: not site.alive(), 10)
+    down = site.run("down", "--stop-engines")
+    assert down.returncode == 0, down.stderr
+    assert "the RAM tier" in down.stdout + down.stderr
+    assert daemons.wait_until(lambda: not site.processes(), 20), site.processes()
 
 
 def test_a_port_that_is_taken(site: Site) -> None:
