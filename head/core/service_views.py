@@ -9,9 +9,7 @@ from head.core.state import State
 from herder.types import ServiceState
 
 _COMING = frozenset({"pending", "waiting_copy", "starting", "unhealthy"})
-_ANYWHERE = frozenset(
-    {"", "0.0.0.0", "::", "[::]"}
-)  # listens everywhere: its node's address reaches it
+_ANYWHERE = frozenset({"", "0.0.0.0", "::", "[::]"})  # listens everywhere: its node's address reaches it
 
 
 class Route(msgspec.Struct, frozen=True):
