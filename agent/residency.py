@@ -26,6 +26,7 @@ _PROT_NONE, _PROT_READ = 0, 1
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS = 0x01, 0x02, 0x10, 0x20
 _MAP_NORESERVE, _MAP_POPULATE = 0x4000, 0x8000
 _MADV_POPULATE_READ = 22
+_CACHESTAT = 451  # the same number on every architecture
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -40,6 +41,32 @@ _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 def pages_bytes(size: int) -> int:
     """Bytes of RAM that a file of this size takes."""
     return -(-size // PAGE_BYTES) * PAGE_BYTES
+
+
+class _CachestatRange(ctypes.Structure):
+    _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
+
+
+def is_cached(fd: int, offset: int, length: int) -> bool:
+    """Whether a range of a file is wholly in the page cache. `offset` is a multiple of the page size.
+
+    By cachestat(2) (a microsecond for 4 MiB), before Linux 6.5 by mincore. True where the kernel does not tell.
+    """
+    pages = pages_bytes(length) // PAGE_BYTES
+    if pages == 0:
+        return True
+    counts = (ctypes.c_uint64 * 5)()
+    wanted = _CachestatRange(offset, length)
+    if _libc.syscall(ctypes.c_long(_CACHESTAT), fd, ctypes.byref(wanted), counts, 0) == 0:
+        return int(counts[0]) >= pages
+    try:
+        address = _map(0, length, _PROT_READ, _MAP_SHARED, fd, offset)
+    except OSError:
+        return True
+    vector = ctypes.create_string_buffer(pages)
+    told = _libc.mincore(address, length, vector) == 0
+    _libc.munmap(address, length)
+    return not told or sum(vector.raw[:pages].translate(_LOW_BIT)) == pages
 
 
 class MappedFile:

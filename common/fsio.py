@@ -17,6 +17,7 @@ import secrets
 from pathlib import Path
 
 ALIGN_BYTES = 4096  # what O_DIRECT asks of offsets, lengths and addresses on every file system we know
+HUGE_BYTES = 2 << 20
 TRUNCATE_STEP_BYTES = 256 << 20  # one unlink of 4 GiB holds the journal of ext4 for seconds; steps do not
 
 _FICLONE = 0x40049409
@@ -122,8 +123,15 @@ def align_up(size: int) -> int:
 
 
 def aligned_buffer(size: int) -> mmap.mmap:
-    """Page-aligned anonymous memory of at least `size` bytes, for O_DIRECT; freed with its last view."""
-    return mmap.mmap(-1, max(align_up(size), ALIGN_BYTES))
+    """Page-aligned anonymous memory of at least `size` bytes, for O_DIRECT; freed with its last view.
+
+    In huge pages where the kernel gives them: one page to pin per 2 MiB instead of 512, and fewer misses in hashing.
+    """
+    buffer = mmap.mmap(-1, max(align_up(size), ALIGN_BYTES))
+    if len(buffer) >= HUGE_BYTES:
+        with contextlib.suppress(OSError):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
 
 
 def allocate(fd: int, size: int) -> bool:

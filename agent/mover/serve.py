@@ -2,7 +2,8 @@
 
 HTTP/1.1 with keep-alive, GET only: /manifest (the ticketed one), /chunks/HEX (a blob's digest list), /blobs/HEX with an
 optional single range. A path is one of these words and 64 hex digits, so it cannot leave the store; and a ticket
-opens only the blobs of the manifest that it names. One thread per connection, at most 64; bytes go by sendfile.
+opens only the blobs of the manifest that it names. One thread per connection, at most 64; bytes leave by sendfile from
+the page cache and past it from the disk (agent/mover/blob_reader.py).
 Every wait has a limit: 10 s for a request to arrive, 30 s between requests, 60 s for a send to make progress.
 """
 
@@ -19,6 +20,7 @@ from typing import BinaryIO
 
 import msgspec
 
+from agent.mover.blob_reader import BlobReader
 from agent.mover.source_peer import TICKET_HEADER
 from agent.store.digests import is_hex
 from agent.store.disk import DiskStore
@@ -31,7 +33,6 @@ REQUEST_BYTES = 16_384
 REQUEST_S = 10.0
 IDLE_S = 30.0
 SEND_S = 60
-SENDFILE_BYTES = 4 << 20
 
 _RANGE = re.compile(r"bytes=(\d{1,18})-(\d{0,18})")
 _REASONS = {200: "OK", 206: "Partial Content", 400: "Bad Request", 403: "Forbidden", 404: "Not Found"}
@@ -54,6 +55,7 @@ class BlobServer:
         self._listener = socket.create_server((host, port), family=family, backlog=128)
         self.host, self.port = host, int(self._listener.getsockname()[1])
         self._key, self._node = b"", ""
+        self._blobs = BlobReader()
         self._slots = threading.BoundedSemaphore(limits.MOVER_CONNECTIONS)
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
@@ -149,7 +151,7 @@ class BlobServer:
         except FileNotFoundError:
             raise _Refuse(404) from None
         with file:
-            _send_file(connection, file, headers.get("range", ""), digits)
+            _send_file(connection, file, headers.get("range", ""), digits, self._blobs)
 
     def _ticketed(self, text: str) -> Manifest:
         """The manifest that the ticket opens. Fails closed: without a key from the head nothing is served."""
@@ -197,7 +199,7 @@ def _read_request(connection: socket.socket) -> tuple[str, str, dict[str, str]] 
     return method, path, headers
 
 
-def _send_file(connection: socket.socket, file: BinaryIO, range_text: str, etag: str) -> None:
+def _send_file(connection: socket.socket, file: BinaryIO, range_text: str, etag: str, blobs: BlobReader) -> None:
     size = os.fstat(file.fileno()).st_size
     first, last, status, extra = 0, size - 1, 200, f'ETag: "{etag}"\r\nAccept-Ranges: bytes\r\n'
     match = _RANGE.fullmatch(range_text)
@@ -209,11 +211,10 @@ def _send_file(connection: socket.socket, file: BinaryIO, range_text: str, etag:
         status, extra = 206, f"{extra}Content-Range: bytes {first}-{last}/{size}\r\n"
     left = last - first + 1
     connection.sendall(_head(status, left, extra), socket.MSG_MORE if left else 0)
-    while left:
-        count = os.sendfile(connection.fileno(), file.fileno(), first, min(left, SENDFILE_BYTES))
-        if count == 0:
-            raise ConnectionError("the blob became shorter")
-        first, left = first + count, left - count
+    with blobs.begin(connection, file) as sending:
+        while left:
+            count = sending.send(first, left)
+            first, left = first + count, left - count
 
 
 def _head(status: int, length: int, extra: str) -> bytes:
