@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import place_load
-from benchmarks.processes import ROOT, Head, Swarm, running_head, share_of_a_core, start_head, table, usage
+from benchmarks.processes import ROOT, Head, Swarm, free_port, running_head, share_of_a_core, start_head, table, usage
 
-PORT = 18_470
+PORT = free_port()  # one for the whole run: a head that is killed comes back there
 
 
 def load(options: argparse.Namespace, scratch: Path) -> None:

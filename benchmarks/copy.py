@@ -1,13 +1,16 @@
 """Node-to-node copy of one file over loopback, durable and verified, beside the tools people use for it.
 
-    python -m benchmarks.copy [--gib 4] [--rounds 3] [--dir DIR] [--hot]
+    python -m benchmarks.copy [--gib 4] [--rounds 3] [--dir DIR] [--state hot,cold] [--no-tools]
 
-Every round runs, in turn: the disk's own O_DIRECT write and read limits, our two movers (peer copy with ticket and
-manifest: BLAKE3 per chunk, fsync, published), curl + sync + sha256sum, rsync over its daemon + sync, scp + sync.
-CPU seconds are user and system of both ends, as the kernel accounts them. Before each run the source is evicted
-from the page cache, so one disk reads and writes at the same time; with --hot it is read into the cache instead, which
-leaves the network and the landing. Bars: ours at least 0.75 of the smaller disk limit, at most 0.65 CPU s/GB.
-GB = 1e9 bytes. Tools that are not installed are left out.
+Every round runs, in turn: the disk's own O_DIRECT write limit, its read limit, and both at once (a plain copy by
+threads: no network, no hash); then, with the source in the page cache ("hot") and evicted from it ("cold"), our two
+movers (peer copy with ticket and manifest: BLAKE3 per chunk, fsync, published); and once per state curl + sync +
+sha256sum, rsync over its daemon + sync, scp + sync. CPU seconds are user and system of both ends, as the kernel
+accounts them. With a cold source one disk reads and writes at the same time, as two nodes with a disk each would not:
+its limit is the plain copy of the same file, the hot one's the smaller of write and read. While the movers copy, a
+uvloop process that stands for the agent measures how late its 5 ms heartbeats are, and before that the same idle.
+Bars: at least 0.75 of the limit, at most 0.65 CPU s/GB, heartbeat lateness grown by at most 5 ms at p99. GB = 1e9
+bytes. Tools that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -23,18 +26,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent.mover import protocol
-from common import fsio
+from benchmarks import disk
+from benchmarks.disk import BLOCK, process_cpu_s
+from benchmarks.ticker import Ticker, quantile
 from common.wire import Source
 from tests.doubles.mover_client import MoverClient, ticket
 
-ROOT = Path(__file__).resolve().parents[1]
-BLOCK = 4 << 20
 PORT = 18_490  # below the ports that the kernel gives to movers
 KEY = bytes(32)
-BAR_RATE, BAR_CPU = 0.75, 0.65
+BAR_RATE, BAR_CPU, BAR_LATE_MS = 0.75, 0.65, 5.0
+IDLE_S = 5.0
+PREPARE = {"hot": disk.warm, "cold": disk.evict}
+WRITE_SETTINGS = ((2, BLOCK), (4, BLOCK))  # threads, bytes
+BOTH_SETTINGS = ((4, BLOCK), (8, BLOCK), (8, 1 << 20))
 
 
 def cpu_s() -> float:
@@ -45,92 +53,36 @@ def cpu_s() -> float:
     )
 
 
-def process_cpu_s(pid: int) -> float:
-    """CPU seconds of a live process, all threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def evict(path: Path) -> None:
-    """Takes a file out of the page cache."""
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
-
-
-def warm(path: Path) -> None:
-    """Reads a file into the page cache."""
-    with path.open("rb", buffering=0) as file:
-        while file.read(BLOCK):
-            pass
-
-
-def make(path: Path, size: int) -> None:
-    """A file of bytes that no layer can compress."""
-    block = os.urandom(BLOCK)
-    with path.open("wb") as file:
-        for index in range(size // BLOCK):
-            file.write(index.to_bytes(8, "little") + block[8:])
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def direct(path: Path, size: int, *, writes: bool) -> float:
-    """Seconds to write (with fsync) or read a file with O_DIRECT, two threads as measured best."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    flags = os.O_RDWR | os.O_CREAT | os.O_DIRECT if writes else os.O_RDONLY | os.O_DIRECT
-    fd = os.open(path, flags, 0o600)
-    if writes:
-        fsio.allocate(fd, size)
-
-    def share(begin: int, end: int) -> None:
-        buffer = fsio.aligned_buffer(BLOCK)
-        for offset in range(begin, end, BLOCK):
-            if writes:
-                os.pwrite(fd, buffer, offset)
-            else:
-                os.preadv(fd, [buffer], offset)
-
-    half = size // BLOCK // 2 * BLOCK
-    began = time.monotonic()
-    with ThreadPoolExecutor(2) as pool:
-        for future in [pool.submit(share, 0, half), pool.submit(share, half, size)]:
-            future.result()
-    if writes:
-        os.fsync(fd)
-    elapsed = time.monotonic() - began
-    os.close(fd)
-    return elapsed
-
-
 class Bench:
-    """Two stores and a scratch directory on one disk."""
+    """Two stores and a scratch directory on one disk; at most two files of the size at a time."""
 
-    def __init__(self, place: Path, size: int, *, hot: bool = False) -> None:
+    def __init__(self, place: Path, size: int) -> None:
         self.place, self.size = place, size
-        self.prepare = warm if hot else evict
-        self.file = place / "source" / "m.bin"
-        self.file.parent.mkdir()
-        make(self.file, size)
+        source = place / "source"
+        source.mkdir()
+        disk.make(source / "m.bin", size)
         self.sender = MoverClient(place / "one", file_roots=(str(place),))
-        done = self.sender.fetch("m", f"file://{self.file.parent}", timeout_s=600)
+        done = self.sender.fetch("m", f"file://{source}", timeout_s=900)
         assert done.manifest is not None, done.error
+        shutil.rmtree(source)
         self.manifest = done.manifest
         self.sender.configure("n1", KEY)
-        self.blob = next((place / "one" / "blobs").glob("??/*"))
+        self.file = place / "one" / "models" / "m@r1" / "m.bin"
+        self.late_ms: list[float] = []
+        self.ticker = Ticker()
 
-    def ours(self) -> tuple[float, float]:
+    def ours(self, state: str) -> tuple[float, float]:
         """(seconds, CPU seconds of both movers)."""
-        self.prepare(self.blob)
         receiver = MoverClient(self.place / "two")
+        PREPARE[state](self.file)
         pids = (self.sender.process.pid, receiver.process.pid)
         before = sum(process_cpu_s(pid) for pid in pids)
         source = Source(self.sender.url, ticket=ticket(KEY, "n1", self.manifest.digest))
+        self.ticker.lap()
         began = time.monotonic()
         done = receiver.fetch("m", source, manifest=self.manifest, timeout_s=900)
         elapsed = time.monotonic() - began
+        self.late_ms += self.ticker.lap()
         spent = sum(process_cpu_s(pid) for pid in pids) - before
         assert done.error is None, done.error
         receiver.ask(lambda token: protocol.Drop(token, "m", "r1"))
@@ -138,9 +90,9 @@ class Bench:
         shutil.rmtree(self.place / "two")
         return elapsed, spent
 
-    def tool(self, serve: list[str] | None, *commands: list[str]) -> tuple[float, float]:
+    def tool(self, state: str, serve: list[str] | None, *commands: list[str]) -> tuple[float, float]:
         """(seconds, CPU seconds) of a server that is started first and commands that run in turn."""
-        self.prepare(self.file)
+        PREPARE[state](self.file)
         target = self.place / "target"
         target.mkdir()
         before = cpu_s()
@@ -171,10 +123,10 @@ def wait_for_port(port: int) -> None:
     raise TimeoutError(f"nothing listens on port {port}")
 
 
-def tools(bench: Bench) -> dict[str, Callable[[], tuple[float, float]]]:
+def tools(bench: Bench) -> dict[str, Callable[[str], tuple[float, float]]]:
     """The others, as far as they are installed."""
     source, target = bench.file, bench.place / "target"
-    found: dict[str, Callable[[], tuple[float, float]]] = {}
+    found: dict[str, Callable[[str], tuple[float, float]]] = {}
     copied = str(target / "m.bin")
     if shutil.which("curl"):
         http = [sys.executable, "-m", "http.server", str(PORT), "--bind", "127.0.0.1", "-d", str(source.parent)]
@@ -187,18 +139,20 @@ def tools(bench: Bench) -> dict[str, Callable[[], tuple[float, float]]]:
             )
             http = ["nginx", "-c", str(conf)]
         fetch = ["curl", "--noproxy", "*", "-sf", "-o", copied, f"http://127.0.0.1:{PORT}/m.bin"]
-        found["curl + sync + sha256sum"] = lambda: bench.tool(http, fetch, ["sync", copied], ["sha256sum", copied])
+        found["curl + sync + sha256sum"] = lambda state: bench.tool(
+            state, http, fetch, ["sync", copied], ["sha256sum", copied]
+        )
     if shutil.which("rsync"):
         conf = bench.place / "rsyncd.conf"
         conf.write_text(f"use chroot = no\nuid = {os.getuid()}\ngid = {os.getgid()}\n[m]\npath = {source.parent}\n")
         daemon = ["rsync", "--daemon", "--no-detach", f"--port={PORT}", "--address=127.0.0.1", f"--config={conf}"]
         pull = ["rsync", "-W", f"rsync://127.0.0.1:{PORT}/m/m.bin", copied]
-        found["rsync -W (unverified) + sync"] = lambda: bench.tool(daemon, pull, ["sync", copied])
+        found["rsync -W (unverified) + sync"] = lambda state: bench.tool(state, daemon, pull, ["sync", copied])
     sshd = shutil.which("sshd") or "/usr/sbin/sshd"
     if Path(sshd).exists() and shutil.which("scp"):
         daemon, options = sshd_at(bench.place / "ssh", sshd)
         pull = ["scp", *options, "-P", str(PORT), f"127.0.0.1:{source}", copied]
-        found["scp (unverified) + sync"] = lambda: bench.tool(daemon, pull, ["sync", copied])
+        found["scp (unverified) + sync"] = lambda state: bench.tool(state, daemon, pull, ["sync", copied])
     return found
 
 
@@ -218,43 +172,86 @@ def sshd_at(place: Path, sshd: str) -> tuple[list[str], list[str]]:
     return [sshd, "-D", "-f", f"{place}/config", "-E", f"{place}/log"], options
 
 
+@dataclass
+class Figures:
+    """What the rounds gave, in seconds and CPU seconds."""
+
+    limits: dict[str, list[float]] = field(default_factory=lambda: {"write": [], "read": [], "copy": []})
+    rows: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)
+    idle_ms: list[float] = field(default_factory=list)
+
+
+def measure(bench: Bench, states: list[str], rounds: int, *, has_tools: bool) -> Figures:
+    """Runs everything, one at a time."""
+    figures = Figures()
+    others = tools(bench) if has_tools else {}
+    probe = bench.place / "probe"
+    for number in range(rounds):
+        bench.ticker.lap()
+        time.sleep(IDLE_S)
+        figures.idle_ms += bench.ticker.lap()
+        writes = [disk.write_s(probe, bench.size, *setting) for setting in WRITE_SETTINGS]
+        probe.unlink()
+        figures.limits["write"].append(min(writes))
+        figures.limits["read"].append(disk.read_limit_s(bench.file, bench.size)[0])
+        both = []
+        for setting in BOTH_SETTINGS if "cold" in states else ():
+            disk.evict(bench.file)
+            both.append(disk.write_s(probe, bench.size, *setting, source=bench.file))
+            probe.unlink()
+        figures.limits["copy"] += [min(both)] if both else []
+        for state in states:
+            figures.rows.setdefault(("herder movers", state), []).append(bench.ours(state))
+            for name, run in others.items() if number == 0 else ():
+                figures.rows.setdefault((name, state), []).append(run(state))
+    return figures
+
+
 def main() -> None:
     """Runs the rounds and prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="on the disk to measure; default: the temporary directory")
-    parser.add_argument("--hot", action="store_true", help="the source is in the page cache")
+    parser.add_argument("--state", default="hot,cold", help="of the source in the page cache: hot, cold or both")
+    parser.add_argument("--no-tools", action="store_true", help="only the limits and our movers")
     options = parser.parse_args()
     size = max(BLOCK, int(options.gib * (1 << 30)) // BLOCK * BLOCK)
     with tempfile.TemporaryDirectory(dir=options.dir) as scratch:
-        bench = Bench(Path(scratch), size, hot=options.hot)
-        runs: dict[str, Callable[[], tuple[float, float]]] = {"herder movers": bench.ours, **tools(bench)}
-        rows: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-        limits: dict[str, list[float]] = {"write": [], "read": []}
-        for _ in range(options.rounds):
-            probe = Path(scratch) / "probe"
-            limits["write"].append(size / 1e6 / direct(probe, size, writes=True))
-            limits["read"].append(size / 1e6 / direct(probe, size, writes=False))
-            probe.unlink()
-            for name, run in runs.items():
-                rows[name].append(run())
-        bench.sender.close()
-    show(size, limits, rows)
+        bench = Bench(Path(scratch), size)
+        try:
+            figures = measure(bench, options.state.split(","), options.rounds, has_tools=not options.no_tools)
+        finally:
+            bench.ticker.close()
+            bench.sender.close()
+    show(size, figures, bench.late_ms)
 
 
-def show(size: int, limits: dict[str, list[float]], rows: dict[str, list[tuple[float, float]]]) -> None:
-    """The table."""
-    limit = min(statistics.median(limits["write"]), statistics.median(limits["read"]))
-    print(f"{size / 1e9:.2f} GB over loopback, {os.cpu_count()} CPUs, medians of {len(limits['write'])} rounds")
-    for name, values in limits.items():
-        print(f"  {'O_DIRECT ' + name:32} {statistics.median(values):8.0f} MB/s  (best {max(values):.0f})")
-    for name, pairs in rows.items():
+def show(size: int, figures: Figures, late_ms: list[float]) -> None:
+    """The table. Rates: median and best; CPU: median and least; shares: of the median limit."""
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"{size / 1e9:.2f} GB over loopback, {os.cpu_count()} CPUs, load {load}, medians (and best)")
+    rates = {name: [size / 1e6 / seconds for seconds in values] for name, values in figures.limits.items() if values}
+    for name, values in rates.items():
+        print(f"  {'O_DIRECT ' + name:36} {statistics.median(values):6.0f} MB/s ({max(values):.0f})")
+    alone = min(statistics.median(rates["write"]), statistics.median(rates["read"]))
+    for (name, state), pairs in figures.rows.items():
+        limit = alone if state == "hot" else statistics.median(rates["copy"])
         rate = size / 1e6 / statistics.median(elapsed for elapsed, _ in pairs)
         best = size / 1e6 / min(elapsed for elapsed, _ in pairs)
-        spent = statistics.median(cpu for _, cpu in pairs) / (size / 1e9)
-        print(f"  {name:32} {rate:8.0f} MB/s  (best {best:.0f})  {spent:.2f} CPU s/GB  {rate / limit:.2f} of the limit")
-    print(f"bars: at least {BAR_RATE} of the disk's limit, at most {BAR_CPU} CPU s/GB")
+        spent = [cpu / (size / 1e9) for _, cpu in pairs]
+        print(
+            f"  {name + ', ' + state:36} {rate:6.0f} MB/s ({best:.0f})  {statistics.median(spent):.2f} CPU s/GB"
+            f" ({min(spent):.2f})  {rate / limit:.2f} of the limit ({best / limit:.2f})"
+            + (f", {rate / alone:.2f} of the idle disk's" if state == "cold" else "")
+        )
+    idle, busy = quantile(figures.idle_ms, 0.99), quantile(late_ms, 0.99)
+    print(
+        f"  heartbeat lateness p50/p99/max: idle {quantile(figures.idle_ms, 0.5):.1f}/{idle:.1f}/"
+        f"{max(figures.idle_ms):.1f} ms, while copying {quantile(late_ms, 0.5):.1f}/{busy:.1f}/{max(late_ms):.1f} ms:"
+        f" p99 grows by {busy - idle:.1f} ms"
+    )
+    print(f"bars: {BAR_RATE} of the limit, at most {BAR_CPU} CPU s/GB, p99 grown by at most {BAR_LATE_MS:.0f} ms")
 
 
 if __name__ == "__main__":

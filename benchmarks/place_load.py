@@ -11,7 +11,7 @@ import uvloop
 
 from benchmarks import swarm
 from common import limits, wire
-from common.clock import SystemClock
+from common.clock import SystemClock, boottime_ms
 from common.errors import ErrorInfo
 from common.recipe import load_recipes
 from common.wire import Message
@@ -88,12 +88,14 @@ async def _measure(state_dir: Path, nodes: int, count: int, concurrency: int) ->
             )
             waits.append(time.perf_counter() - begun)
 
+    renewing = asyncio.create_task(_renew(driver, nodes))
     begun = time.perf_counter()
     async with asyncio.TaskGroup() as group:
         for _ in range(concurrency):
             group.create_task(caller())
     await driver.settled()
     taken_s = time.perf_counter() - begun
+    renewing.cancel()
     placed = len(driver.state.replicas)
     if placed != count:
         raise RuntimeError(f"only {placed} of {count} services were placed")
@@ -101,6 +103,14 @@ async def _measure(state_dir: Path, nodes: int, count: int, concurrency: int) ->
     journal.close()
     waits.sort()
     return count / taken_s, 1000 * waits[int(0.99 * (len(waits) - 1))], outlet.commands
+
+
+async def _renew(driver: Driver, nodes: int) -> None:
+    """Keeps the nodes' leases, as their agents would."""
+    while True:
+        for index in range(nodes):
+            driver.post(ev.LeaseRenewed(f"n{index}", f"s{index}", wire.Lease(2, boottime_ms())))
+        await asyncio.sleep(limits.INTERVAL_FLOOR_MS / 1000)
 
 
 def fill(state_dir: Path, *, nodes: int, jobs: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -73,6 +75,18 @@ class Head:
         """kill -9."""
         self.process.kill()
         self.process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens on, below those that the kernel gives to outgoing connections."""
+    while True:
+        port = random.randrange(18_000, 30_000)
+        with socket.socket() as candidate:
+            try:
+                candidate.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def start_head(state_dir: Path, port: int, *, cpu: int | None = None, log: IO[bytes] | None = None) -> Head:

@@ -6,6 +6,7 @@ A dram copy is the disk copy of the same node made resident, so the disk copy ba
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ from head.core.turn import Turn
 NOT_BEGUN = ("planned", "waiting")
 IN_FLIGHT = ("reserved", "fetching", "verifying", "syncing", "loading")  # loading: disk to RAM
 _LOCAL_SCHEMES = ("file://",)
+_LOOKED_FOR_SIZE = 64  # copies asked for a size; a model on 10,000 nodes must not cost a walk each time
 
 
 def node_of(copy: Copy) -> str:
@@ -55,7 +57,7 @@ def expected_bytes(state: State, model: str, revision: str) -> int:
     manifest = manifest_of(state, model, revision)
     if manifest is not None:
         return manifest.size_bytes
-    for key in state.copies_by_model.get(model, ()):
+    for key in islice(state.copies_by_model.get(model, ()), _LOOKED_FOR_SIZE):
         copy = state.copies[key]
         if copy.revision == revision and copy.bytes and not is_projection(copy):
             return copy.bytes

@@ -1,8 +1,8 @@
 """Placement: which node and device a replica gets. Pure: reads the state, changes nothing, gives the same answer twice.
 
 Each possible place is judged by filters with named reasons (node, labels, engine, GPU, memory, disk, port) and, if it
-passes, scored by integers. The order of wishes: a node where this replica has not failed; the model already in RAM,
-else on disk, else elsewhere; fewer replicas of the same service, then fewer in all; ties by node id.
+passes, scored by integers (less is better). The order of wishes: a node where this replica has not failed; the model
+already in RAM, else on disk, else elsewhere; fewer replicas of the same service, then fewer in all; ties by node id.
 
 GPUs: a replica reserves its GPUs whole unless its recipe or its configuration declares `gpu_memory_bytes`; replicas
 that declare may share a GPU as long as the declared bytes fit. An engine that nobody measured may take all there is
@@ -13,6 +13,7 @@ that the engine is gone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from typing import Any
 from zlib import crc32
 
@@ -99,7 +100,7 @@ def choose(state: State, need: Need, now_ms: int) -> Place:
         if verdict.place is None:
             if len(refused) < limits.PAGE_ITEMS:
                 refused.append(verdict)
-        elif best is None or verdict.score > best.score:
+        elif best is None or _order(verdict) < _order(best):
             best = verdict
     if best is not None and best.place is not None:
         return best.place
@@ -113,7 +114,7 @@ def choose(state: State, need: Need, now_ms: int) -> Place:
 def candidates(state: State, need: Need, now_ms: int, *, limit: int = limits.PAGE_ITEMS) -> tuple[Candidate, ...]:
     """Every place with its verdict, those that fit first, best first."""
     verdicts = list(_explicit(state, need, now_ms) if need.devices else _on_nodes(state, need, now_ms, state.nodes))
-    fits = sorted((v for v in verdicts if v.place is not None), key=lambda v: v.score, reverse=True)
+    fits = sorted((v for v in verdicts if v.place is not None), key=_order)
     refused = sorted((v for v in verdicts if v.place is None), key=lambda v: (v.node, v.device))
     return tuple(verdict.to_candidate() for verdict in [*fits, *refused][:limit])
 
@@ -159,25 +160,35 @@ def _judged(state: State, need: Need, now_ms: int) -> Iterator[Verdict]:
 
 
 def _sampled(state: State, need: Need, now_ms: int) -> Iterator[Verdict]:
-    """On large clusters: the nodes that have the model, then others from a place of its own on, until enough fit.
+    """On large clusters: a few of the nodes that fit, first those with the model in RAM, then on disk, then others.
 
-    Comparing all of 10,000 nodes for each of thousands of replicas would cost seconds; a few dozen that fit are as
-    good. All are looked at before the answer is that nothing fits.
+    Comparing all of 10,000 nodes for each of thousands of replicas would cost seconds; the best of a dozen is nearly
+    as good. Where to begin depends on the replica, so that many do not pile up on the same nodes. A worse kind of node
+    is looked at only where the better ones are too few (or this replica has failed there), and all of them before the
+    answer is that nothing fits.
+    Source: Mitzenmacher, The Power of Two Choices in Randomized Load Balancing (2001).
     """
-    holders = {state.copies[key].device.partition(":")[0]: None for key in state.copies_by_model.get(need.model, ())}
-    looked = list(holders)[: limits.PLACEMENT_NODES_EXACT]
+    place = crc32(need.replica.encode())
+    seen: set[str] = set()
     fitting = 0
-    for verdict in _on_nodes(state, need, now_ms, looked):
-        fitting += verdict.place is not None
-        yield verdict
-    seen = set(looked)
-    names = list(state.nodes)
-    start = crc32(need.replica.encode()) % len(names)
-    for verdict in _on_nodes(state, need, now_ms, (n for n in names[start:] + names[:start] if n not in seen)):
-        fitting += verdict.place is not None
-        yield verdict
-        if fitting >= 32:
-            return
+    for nodes in (_holders(state.warm_by_model, need), _holders(state.ready_by_model, need), list(state.nodes)):
+        start = place % max(1, len(nodes))
+        for node_id in chain(islice(nodes, start, None), islice(nodes, start)):
+            if node_id in seen:
+                continue
+            seen.add(node_id)
+            for verdict in _on_nodes(state, need, now_ms, (node_id,)):
+                fitting += verdict.place is not None and node_id not in need.avoid
+                yield verdict
+            if fitting >= limits.PLACEMENT_SAMPLE:
+                return
+
+
+def _holders(index: dict[str, dict[str, None]], need: Need) -> list[str]:
+    """The nodes of an index's copies of the model at the revision."""
+    prefix = copy_key(need.model, need.revision, "")
+    keys = index.get(need.model, ()) if need.model else ()
+    return [key[len(prefix) :].partition(":")[0] for key in keys if key.startswith(prefix)]
 
 
 def _on_nodes(state: State, need: Need, now_ms: int, nodes: Iterable[str]) -> Iterator[Verdict]:
@@ -254,10 +265,10 @@ def _judge_bytes(state: State, need: Need, node: Node, device: Device | None, he
     dram, disk = copies
     local = 2 if dram is not None and dram.state == "ready" else 1 if disk is not None and disk.state == "ready" else 0
     same = sum(1 for replica in held if replica.service == need.service)
-    score = (-(node.id in need.avoid), local, -same, -len(held))
+    score = (int(node.id in need.avoid), -local, same, len(held))
     words = ("fetches the model", "has the model on disk", "has the model in RAM")[local] if need.model else "has room"
     numbers = {"local": local, "replicas_of_service": same, "replicas": len(held)}
-    return Verdict(node.id, place.device, FITS, words, numbers, place, (*score, *_by_name(node.id, place.device)))
+    return Verdict(node.id, place.device, FITS, words, numbers, place, score)
 
 
 def _port_of(state: State, replica: Replica) -> int:
@@ -267,9 +278,9 @@ def _port_of(state: State, replica: Replica) -> int:
     return replica.port or (service.port if service is not None else 0) or (recipe.port if recipe is not None else 0)
 
 
-def _by_name(node_id: str, device: str) -> tuple[int, ...]:
-    """Makes the smaller node id (then device) the larger score."""
-    return (*(-ord(char) for char in f"{node_id} {device}"), 1)
+def _order(verdict: Verdict) -> tuple[tuple[int, ...], str, str]:
+    """Better places first: the smaller score, then the smaller node id and device."""
+    return verdict.score, verdict.node, verdict.device
 
 
 def _copies(state: State, need: Need, node_id: str) -> tuple[Copy | None, Copy | None]:

@@ -367,9 +367,9 @@ def _unproject(turn: Turn, replica: Replica, *, keep: Iterable[str]) -> None:
     """Deletes the projections that a replica no longer has; another on the same GPU then gets its own."""
     kept = set(keep)
     state = turn.state
-    for key in tuple(state.copies_by_model.get(replica.model, ())):
+    for key in tuple(state.projections.get(replica.id, ())):
         copy = state.copies[key]
-        if copy.replica != replica.id or key in kept:
+        if key in kept:
             continue
         turn.delete("copy", key, "copy_dropped")
         for other in tuple(state.replicas_by_node.get(copy.device.partition(":")[0], ())):

@@ -83,12 +83,14 @@ class State:
     # indices over the durable objects, kept by apply: sets of keys, as insertion-ordered dicts (deterministic)
     copies_by_model: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
     copies_by_node: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
+    projections: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # replica -> its copies
     replicas_by_service: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
     replicas_by_node: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
     replicas_by_model: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
     active_copies: dict[str, None] = field(default_factory=dict)  # copies on disk or dram that are not at rest
     pinned_copies: dict[str, None] = field(default_factory=dict)
     ready_by_model: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # disk copies
+    warm_by_model: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # ready RAM copies
     draining_nodes: dict[str, None] = field(default_factory=dict)  # draining and not drained yet
     live_jobs: dict[str, None] = field(default_factory=dict)  # jobs that have not ended
     waiters: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # "kind:key" -> jobs
@@ -186,12 +188,15 @@ def _index(state: State, thing: Object) -> None:
         case Copy():
             state.copies_by_model[thing.model][thing.key] = None
             state.copies_by_node[thing.device.partition(":")[0]][thing.key] = None
+            if thing.replica:
+                state.projections[thing.replica][thing.key] = None
             if thing.desired == "absent" or thing.state not in COPY_AT_REST:
                 state.active_copies[thing.key] = None
             if thing.pins:
                 state.pinned_copies[thing.key] = None
-            if thing.desired == "present" and thing.state == "ready" and thing.device.endswith(":disk"):
-                state.ready_by_model[thing.model][thing.key] = None
+            if thing.desired == "present" and thing.state == "ready" and not thing.replica:
+                index = state.ready_by_model if thing.device.endswith(":disk") else state.warm_by_model
+                index[thing.model][thing.key] = None
         case Replica():
             state.replicas_by_service[thing.service][thing.key] = None
             state.replicas_by_node[thing.node][thing.key] = None
@@ -221,9 +226,11 @@ def _unindex(state: State, thing: Object) -> None:
         case Copy():
             _discard(state.copies_by_model, thing.model, thing.key)
             _discard(state.copies_by_node, thing.device.partition(":")[0], thing.key)
+            _discard(state.projections, thing.replica, thing.key)
             state.active_copies.pop(thing.key, None)
             state.pinned_copies.pop(thing.key, None)
             _discard(state.ready_by_model, thing.model, thing.key)
+            _discard(state.warm_by_model, thing.model, thing.key)
         case Replica():
             _discard(state.replicas_by_service, thing.service, thing.key)
             _discard(state.replicas_by_node, thing.node, thing.key)

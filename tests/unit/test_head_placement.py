@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from common import limits, wire
 from common.errors import NothingFits
+from common.ids import Device
 from head.core import placement
 from head.core.events import CordonRequested, TelemetryReceived
+from head.core.objects import Node
 from head.core.placement import Need, Place
 from head.core.state import State
 from tests.doubles.head_core import GIB
@@ -253,6 +255,40 @@ class TestLarge:
         world = self._many(monkeypatch)
         world.fetched("m", "n117:disk", GIB)
         assert choose(world).node == "n117"
+
+    def test_ram_comes_before_disk_here_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However many nodes have the model on disk."""
+        world = self._many(monkeypatch)
+        world.add_node("warm", dram=10 * GIB)
+        for number in range(30):
+            world.fetched("m", f"n{number:03}:disk", GIB)
+        world.fetched("m", "warm:dram", GIB)
+        assert {choose(world, replica=f"s{number}-0").node for number in range(20)} == {"warm"}
+
+    def test_where_it_failed_is_no_reason_to_stop_looking(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A holder that failed before is taken only when nothing else fits."""
+        world = self._many(monkeypatch)
+        held = tuple(f"n{number:03}" for number in range(30))
+        for node in held:
+            world.fetched("m", f"{node}:disk", GIB)
+        assert choose(world, avoid=held).node not in held
+
+    def test_few_are_compared_and_none_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What a placement costs does not grow with the cluster."""
+        world = self._many(monkeypatch)
+        for number in range(4):
+            world.fetched("m", f"n{number:03}:disk", GIB)
+        judged: list[str] = []
+        judge = placement._judge
+
+        def noted(state: State, need: Need, node: Node, device: Device | None, now_ms: int) -> Any:
+            judged.append(node.id)
+            return judge(state, need, node, device, now_ms)
+
+        monkeypatch.setattr(placement, "_judge", noted)
+        choose(world)
+        assert len(judged) == len(set(judged)) == limits.PLACEMENT_SAMPLE
+        assert {f"n{number:03}" for number in range(4)} <= set(judged)
 
     def test_the_only_one_that_fits_is_found(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """All are looked at before the answer is no."""
