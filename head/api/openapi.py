@@ -52,7 +52,7 @@ def document(routes: Sequence[Route], *, version: str) -> dict[str, Any]:
         "info": {
             "title": "Herder",
             "version": version,
-            "description": "Stores, serves and benchmarks models on a rack of GPU machines.\n\n"
+            "description": "Stores and serves models on a rack of GPU machines.\n\n"
             "Send `Authorization: Bearer TOKEN`; roles are viewer < operator < admin. Errors are "
             '`{"error": {"code", "message", "hint", "details"}}`, and a code keeps its meaning. Times end in `_ms` '
             "and are milliseconds since the epoch; sizes are bytes. Lists take `limit` and `cursor`. Changes take an "
