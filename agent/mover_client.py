@@ -66,6 +66,8 @@ class MoverClient:
         self.is_ready = asyncio.Event()
         self.is_settled = asyncio.Event()  # the first start has come to an end, good or bad
         self._config = config
+        # The head and fetching nodes know the port of the first mover: the ones after it listen there again.
+        self._port = config.data_port
         self._config_path = state_dir / "mover.json"
         self._post = post
         self._rng = rng or random.Random()
@@ -156,7 +158,8 @@ class MoverClient:
     async def _run_once(self) -> None:
         ours, theirs = socket.socketpair()
         try:
-            self._config_path.write_bytes(msgspec.json.encode(self._config))
+            config = msgspec.structs.replace(self._config, data_port=self._port)
+            self._config_path.write_bytes(msgspec.json.encode(config))
             with theirs:
                 process = await asyncio.create_subprocess_exec(
                     *self._command,
@@ -183,9 +186,10 @@ class MoverClient:
                 ready = await read_frame(reader, protocol.answers)
             if not isinstance(ready, protocol.Ready):
                 code = await _end(process)
+                self._port = self._config.data_port  # somebody else may have taken the port meanwhile
                 self.last_error = f"it ended with {code} before it was ready; see its lines in the log"
                 return
-            self.data_port = ready.port
+            self.data_port = self._port = ready.port
             was_ready = True
             await self._serve(reader)
             self.last_error = "its socket was closed"
