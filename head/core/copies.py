@@ -148,12 +148,13 @@ def unwant(turn: Turn, key: str, *, cause: str, force: bool = False) -> Copy | N
 def cancel(turn: Turn, key: str, cause: str) -> None:
     """Stops a copy that is not ready: the agent ends the fetch and removes the parts, then the object goes.
 
-    A ready copy stays, and so does a disk copy that something else stands on or runs from.
+    A ready copy stays, and so does a disk copy that something else stands on or runs from, and one that was found on
+    a disk and is being verified, when there is no other.
     """
     copy = turn.state.copies.get(key)
     if copy is None or copy.desired == "absent" or copy.state in ("ready", "asleep") or is_projection(copy):
         return
-    if is_wanted(turn.state, copy):
+    if is_wanted(turn.state, copy) or is_last(turn.state, copy, turn.now_ms, remote_only=False):
         return
     _absent(turn, copy, "copy_cancelled", cause)
     below = backing_of(turn.state, copy) if storage_of(copy) == "dram" else None

@@ -112,8 +112,8 @@ def has_source(state: State, model: str, *, remote_only: bool = False) -> bool:
 
 
 def is_last(state: State, copy: Copy, now_ms: int, *, remote_only: bool) -> bool:
-    """Whether dropping this ready disk copy would lose the model for good."""
-    if storage_of(copy) != "disk" or copy.state != "ready":
+    """Whether dropping this disk copy would lose the model for good. One that is being verified has its bytes, too."""
+    if storage_of(copy) != "disk" or copy.state not in ("ready", "verifying"):
         return False
     return not has_source(state, copy.model, remote_only=remote_only) and not survivors(state, copy, now_ms)
 

@@ -95,8 +95,12 @@ def _addressed(state: State, node_id: str, op: str, generation: int) -> Replica 
 
 
 def _stop_stray(turn: Turn, node_id: str, status: wire.ReplicaStatus) -> None:
-    """An engine that is no longer wanted there (or never was, by this journal) is told to stop."""
-    generation = max(status.generation + 1, turn.state.revision)
+    """An engine that is no longer wanted there (or never was, by this journal) is told to stop.
+
+    The order's number stays below that of whatever is placed next: an agent that kept a higher one as its fence would
+    take the new order for a late one. Removal wins over a start of the same number.
+    """
+    generation = max(status.generation, turn.state.revision)
     if status.state == "stopping":
         return
     body = wire.StopReplica(replica=status.replica, grace_s=limits.REPLICA_STOP_GRACE_S)

@@ -712,6 +712,20 @@ class TestDrop:
         assert caught.value.details["readers"] == ["m@main|n2:disk"]
         drop(world, key, force=True)
 
+    def test_a_copy_that_was_found_and_is_not_verified_yet_is_not_thrown_away(self) -> None:
+        """The bytes of a model without a source may be on that disk only: neither a delete nor a cancel takes them."""
+        world = World()
+        world.register("m")
+        world.join("n1", wire.CopyStatus("m", "main", "disk", "ready", bytes_total=10))
+        assert world.state.copies[DISK].state == "verifying"
+        with pytest.raises(HerderError) as caught:
+            drop(world, DISK)
+        assert caught.value.code == "last_copy"
+        world.do(lambda turn: copies.cancel(turn, DISK, "test"))
+        assert world.state.copies[DISK].desired == "present"
+        drop(world, DISK, force=True)
+        assert world.state.copies[DISK].desired == "absent"
+
     def test_the_last_copy_without_a_source_needs_force(self) -> None:
         """A copy on a node that cannot be reached does not count as another."""
         world = World()

@@ -239,7 +239,21 @@ class TestReports:
         command = world.command(wire.StopReplica, "n1")
         assert command is not None
         assert command.op_id == "replica:ghost-0"
-        assert command.generation > 5
+        assert command.generation >= 5  # of two orders of one number the agent follows the removal
+
+    def test_what_is_placed_next_has_a_higher_number_than_every_order_to_a_stray(self) -> None:
+        """Else its agent, which keeps the number of the stop, would take the new order for the old one, for ever."""
+        world = world_with("n1")
+        generation = 1
+        for _ in range(3):  # the agent has stopped it, and its result is lost
+            world.now_ms += limits.COMMAND_REPEAT_MS
+            world.engines("n1", wire.ReplicaStatus(replica="svc-0", generation=generation, state="stopped"))
+            command = world.command(wire.StopReplica, "n1")
+            generation = command.generation if command is not None else generation
+        assert generation > 1
+        world.engines("n1")
+        world.serve()
+        assert world.replica().generation > generation
 
     def test_an_engine_that_stopped_itself_starts_again(self) -> None:
         """After a time without a head the agent stops it; the same order stands."""
