@@ -16,14 +16,30 @@ from head.core import events as ev
 from head.core.effects import CloseSession, Effect, Refuse, Reply, Send
 from head.core.events import Event
 from head.core.invariants import check_invariants
-from head.core.objects import KINDS
+from head.core.objects import KINDS, Meta
 from head.core.state import State, restore
 from head.core.step import step
 from head.journal import Row
 from head.pipeline import Pipeline
+from head.restore import EPOCH_JUMP, REVISION_JUMP
 from tests.sim.world import World
 
 BASE_MS = 1_700_000_000_000
+
+
+class Watcher:
+    """Somebody who sees what leaves the head and what its journal holds."""
+
+    def answered(self, effect: Reply | Refuse) -> None:
+        """A request has its answer."""
+
+    def appending(self, row: Row) -> None:
+        """A row is about to become durable; the journal still holds what stood there before."""
+
+    def loaded(self, state: State) -> None:
+        """A new process has read the journal."""
+
+
 Deliver = Callable[[str, wire.Message], None]
 
 
@@ -33,18 +49,37 @@ class MemoryJournal:
     def __init__(self) -> None:
         self.objects: dict[tuple[str, str], bytes] = {}
         self.revision = 0
+        self.stamp_ms = 0
         self.history: list[Row] = []
+        self.causes: set[str] = set()
 
     def append(self, rows: Sequence[Row]) -> None:
         """One commit: all of it or nothing."""
         for row in rows:
             assert row.revision > self.revision, f"revision {row.revision} after {self.revision}"
-            self.revision = row.revision
+            assert row.at_ms >= self.stamp_ms, f"the journal's time goes back from {self.stamp_ms}: {row}"
+            self.revision, self.stamp_ms = row.revision, row.at_ms
+            self.causes.add(row.cause)
             if row.body is None:
                 self.objects.pop((row.kind, row.key), None)
             else:
                 self.objects[(row.kind, row.key)] = row.body
             self.history.append(row)
+
+    def copied(self) -> MemoryJournal:
+        """A backup, or what another process reads from a copied disk."""
+        other = MemoryJournal()
+        other.objects = dict(self.objects)
+        other.revision, other.stamp_ms = self.revision, self.stamp_ms
+        return other
+
+    def move_meta(self, epochs: int, revisions: int) -> None:
+        """The epoch and the revision jump, as `head/restore.py` does."""
+        meta = msgspec.json.decode(self.objects[("meta", "cluster")], type=Meta)
+        self.objects[("meta", "cluster")] = msgspec.json.encode(
+            msgspec.structs.replace(meta, head_epoch=meta.head_epoch + epochs)
+        )
+        self.revision += revisions
 
     def load(self) -> State:
         """The state as a restarted head reads it."""
@@ -58,10 +93,13 @@ class MemoryJournal:
 class SimHead:
     """One head. `sessions` maps session ids to what delivers a message to that agent."""
 
-    def __init__(self, world: World, recipes: dict[str, Recipe]) -> None:
+    def __init__(self, world: World, recipes: dict[str, Recipe], journal: MemoryJournal | None = None) -> None:
         self.world = world
         self.recipes = recipes
-        self.journal = MemoryJournal()
+        self.journal = journal or MemoryJournal()
+        self.watchers: list[Watcher] = []
+        self.base_ms = BASE_MS
+        self.written_ms: list[int] = []  # of every row, in the world's time
         self.sessions: dict[str, tuple[str, Deliver, Callable[[], None]]] = {}
         self.answers: dict[str, Effect] = {}
         self.is_up = False
@@ -83,7 +121,7 @@ class SimHead:
     @property
     def now_ms(self) -> int:
         """The head's Herder time."""
-        return BASE_MS + self.world.now_ms
+        return self.base_ms + self.world.now_ms
 
     def start(self) -> None:
         """A new process on the journal."""
@@ -94,6 +132,12 @@ class SimHead:
         self.stalled_until_ms = 0
         self.pipeline = Pipeline(self.journal.load(), step)
         self._waiting = []
+        jump_ms = self.world.faults.clock_jump_ms if self.world.is_hostile and self.starts > 1 else 0
+        wall_ms = BASE_MS + self.world.now_ms + self.world.rng.randint(-jump_ms, jump_ms)
+        self.base_ms = max(self.journal.stamp_ms, wall_ms) - self.world.now_ms  # as `SystemClock` begins
+        self._checked = -1
+        for watcher in self.watchers:
+            watcher.loaded(self.state)
         self.world.note(f"head starts (life {self.life}, revision {self.journal.revision})")
         self.take(ev.HeadStarted("sim-cluster", bytes([self.life % 256]) * 32, self.recipes))
         self._later(1000, "tick", self._tick)
@@ -111,6 +155,28 @@ class SimHead:
         sessions, self.sessions = self.sessions, {}
         for _, _, close in sessions.values():
             close()
+
+    def end(self) -> None:
+        """No process runs afterwards."""
+        if self.is_up:
+            self.crash()
+
+    def clone(self) -> SimHead:
+        """An old process that goes on with this epoch upon its own copy of the state."""
+        journal = self.journal.copied()
+        journal.move_meta(-1, 0)
+        return SimHead(self.world, self.recipes, journal)
+
+    def restore(self, backup: MemoryJournal) -> None:
+        """`herder-head --restore`, with no head running."""
+        assert not self.is_up
+        self.world.note(f"a backup of revision {backup.revision} is restored over {self.journal.revision}")
+        restored = backup.copied()
+        restored.move_meta(EPOCH_JUMP, REVISION_JUMP)
+        restored.stamp_ms = max(restored.stamp_ms, BASE_MS + self.world.now_ms)
+        restored.history = self.journal.history
+        restored.causes = self.journal.causes
+        self.journal = restored
 
     def stall(self, length_ms: int) -> None:
         """SIGSTOP for a while: events pile up."""
@@ -175,8 +241,11 @@ class SimHead:
         if self.world.now_ms < self.disk_full_until_ms:
             released = self.pipeline.refused(errors.StateReadOnly("the disk is full"))
         else:
-            self.journal.append(rows)
             for row in rows:
+                for watcher in self.watchers:
+                    watcher.appending(row)
+                self.journal.append((row,))
+                self.written_ms.append(self.world.now_ms)
                 self.world.note(f"r{row.revision} {row.what} {row.kind}:{row.key} by {row.cause}")
             if self.world.chance(self.world.faults.head_crash_per_s / 50):
                 self.world.note("head crashes between fsync and release")
@@ -196,6 +265,8 @@ class SimHead:
                 case Reply() | Refuse():
                     assert effect.request_id not in self.answers, f"answered twice: {effect}"
                     self.answers[effect.request_id] = effect
+                    for watcher in self.watchers:
+                        watcher.answered(effect)
                 case Send():
                     session = self.sessions.get(effect.session_id)
                     if session is not None:

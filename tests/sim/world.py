@@ -39,6 +39,18 @@ class Faults:
     engine_hang_per_s: float = 0.0  # per engine: probes fail until it is restarted
     source_fails: float = 0.0  # per fetch
     source_lies: float = 0.0  # per fetch from a peer: the bytes have another digest
+    result_loss: float = 0.0  # per result of an agent, beyond `loss`
+    peer_cut_per_s: float = 0.0  # per node: it and another cannot reach each other
+    engine_leaks: float = 0.0  # per engine: processes and GPU memory stay after SIGKILL for a while
+    models_broken: float = 0.0  # per model, for ever: its engines die at start, or are never ready
+    node_vanishes: float = 0.0  # per run: a node is gone for good and is removed by force
+    strangers: float = 0.0  # per run: agents of another cluster, of another protocol, of a node id in use
+    head_clones_per_s: float = 0.0  # the head crashes, but an old process goes on upon its own copy of the state
+    head_restored: float = 0.0  # per run: a backup is restored while agents run
+    clock_jump_ms: int = 0  # at each head start the wall clock is off by up to so much, either way
+    agent_disk_full_ms: int = 10_000  # at most so long
+    disk_gib: int = 100  # per node
+    dram_gib: int = 40
     until_ms: int = 0
 
 
@@ -57,7 +69,10 @@ class World:
         self.seed = seed
         self.faults = faults
         self.rng = random.Random(seed)
+        self.is_told = False  # prints every line
         self.now_ms = 0
+        self.cuts: dict[frozenset[str], int] = {}  # pairs of nodes that cannot reach each other -> until
+        self.broken_models: dict[str, str] = {}
         self.recent: deque[str] = deque(maxlen=400)
         self._heap: list[_Entry] = []
         self._order = 0
@@ -78,6 +93,8 @@ class World:
         line = f"{self.now_ms} {text}"
         self._hash.update(line.encode())
         self.recent.append(line)
+        if self.is_told:
+            print(line)
 
     def after(self, delay_ms: int, name: str, action: Callable[[], None]) -> None:
         """Runs the action after so much virtual time."""
