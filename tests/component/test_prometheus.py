@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +67,24 @@ class Daemon:
 
 
 class Cluster:
-    """A head and one agent, each with a /metrics that asks for a token."""
+    """A head and one agent, each with a /metrics that asks for a token; with a certificate, the head speaks TLS."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, certificate: Path | None = None) -> None:
         self.folder = folder
+        self.certificate = certificate
         self.daemons: list[Daemon] = []
 
     def start(self) -> None:
         """Starts both and waits until the agent is known with its address."""
         state = self.folder / "head"
-        head = self._run("head", "--state-dir", str(state), "--port", "0")
+        config = self.folder / "head.yaml"
+        tls = (
+            {"cert": str(self.certificate), "key": str(self.certificate.with_suffix(".key"))}
+            if self.certificate
+            else {}
+        )
+        config.write_text(yaml.safe_dump({"state_dir": str(state), "port": 0, "tls": tls}))
+        head = self._run("head", "--config", str(config))
         self.url = head.said(r"herder-head \S+ at (\S+),")
         self.admin = (state / "admin.token").read_text().strip()
         key = self.call("POST", "/api/v1/keys", {"role": "viewer", "name": "prometheus"})
@@ -89,6 +99,8 @@ class Cluster:
             "disk_reserve_bytes": 0,
             "http": {"port": 0, "token_file": str(self.agents_file)},
         }
+        if self.certificate:
+            settings["tls"] = {"ca": str(self.certificate)}
         config = self.folder / "agent.yaml"
         config.write_text(yaml.safe_dump(settings))
         self._run("agent", "--config", str(config))
@@ -117,7 +129,8 @@ class Cluster:
         request = urllib.request.Request(self.url + path, data, method=method)
         request.add_header("Authorization", f"Bearer {self.admin}")
         request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        trusted = ssl.create_default_context(cafile=self.certificate) if self.certificate else None
+        with urllib.request.urlopen(request, timeout=20, context=trusted) as answer:
             return json.loads(answer.read())
 
     def targets(self) -> Any:
@@ -180,7 +193,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def adapted(cluster: Cluster) -> Path:
     """The shipped configuration with this cluster's address and token files, and without long waits."""
     text = (SHIPPED / "prometheus.yml").read_text()
-    host = cluster.url.removeprefix("http://")
+    scheme, _, host = cluster.url.partition("://")
     assert text.count("127.0.0.1:8470") == 2
     text = text.replace("127.0.0.1:8470", host)
     text = text.replace("/etc/prometheus/herder.token", str(cluster.viewer_file))
@@ -188,9 +201,12 @@ def adapted(cluster: Cluster) -> Path:
     config = yaml.safe_load(text)
     config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
     config["rule_files"] = [str(SHIPPED / name) for name in config["rule_files"]]
-    for job in config["scrape_configs"]:
-        for discovery in job.get("http_sd_configs", ()):
-            discovery["refresh_interval"] = "1s"
+    head, agents = config["scrape_configs"]
+    (discovery,) = agents["http_sd_configs"]
+    discovery["refresh_interval"] = "1s"
+    if cluster.certificate:  # as the comments of the file say
+        head |= {"scheme": scheme, "tls_config": {"ca_file": str(cluster.certificate)}}
+        discovery |= {"url": discovery["url"].replace("http:", "https:"), "tls_config": head["tls_config"]}
     path = cluster.folder / "prometheus.yml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -201,10 +217,10 @@ def promtool(*arguments: str, text: str | None = None) -> subprocess.CompletedPr
     return subprocess.run(["promtool", *arguments], input=text, capture_output=True, text=True, timeout=60, check=False)
 
 
-@needs_prometheus
-def test_prometheus_scrapes_the_cluster(cluster: Cluster) -> None:
-    """With the shipped configuration both targets come up, queries return data, and the rules are evaluated."""
-    prometheus = Daemon(
+@contextmanager
+def prometheus(cluster: Cluster) -> Iterator[Callable[[str], Any]]:
+    """A running Prometheus with the shipped configuration; gives the `data` of its API's answers."""
+    daemon = Daemon(
         cluster.folder / "prometheus.log",
         "prometheus",
         f"--config.file={adapted(cluster)}",
@@ -212,30 +228,56 @@ def test_prometheus_scrapes_the_cluster(cluster: Cluster) -> None:
         "--web.listen-address=127.0.0.1:0",
     )
     try:
-        address = prometheus.said(r'msg="Listening on" address=(127\.0\.0\.1:[1-9]\d*)')
+        address = daemon.said(r'msg="Listening on" address=(127\.0\.0\.1:[1-9]\d*)')
         until(lambda: is_up(f"http://{address}/-/ready"), "a ready Prometheus")
-
-        def query(expression: str) -> dict[str, str]:
-            asked = urllib.parse.urlencode({"query": expression})
-            found = json.loads(fetch(f"http://{address}/api/v1/query?{asked}"))
-            return {
-                row["metric"].get("node", row["metric"].get("job")): row["value"][1] for row in found["data"]["result"]
-            }
-
-        until(lambda: query("up") == {"herder-head": "1", "n1": "1"}, "both targets up")
-        assert query('herder_nodes{state="online"}') == {"herder-head": "1"}
-        assert int(query("herder_node_memory_bytes")["n1"]) > 0
-        assert query("herder_agent_session_open") == {"n1": "1"}
-
-        def rules() -> list[dict[str, Any]]:
-            groups = json.loads(fetch(f"http://{address}/api/v1/rules"))["data"]["groups"]
-            return [rule for group in groups for rule in group["rules"]]
-
-        until(lambda: rules() and all(rule["health"] == "ok" for rule in rules()), "every rule evaluated")
-        firing = {rule["name"] for rule in rules() if rule["type"] == "alerting" and rule["state"] != "inactive"}
-        assert firing == set()
+        yield lambda path: json.loads(fetch(f"http://{address}/api/v1/{path}"))["data"]
     finally:
-        prometheus.end()
+        daemon.end()
+
+
+def query(ask: Callable[[str], Any], expression: str) -> dict[str, str]:
+    """The values of a query by node, or by job where there is no node."""
+    rows = ask("query?" + urllib.parse.urlencode({"query": expression}))["result"]
+    return {row["metric"].get("node", row["metric"].get("job")): row["value"][1] for row in rows}
+
+
+@needs_prometheus
+def test_prometheus_scrapes_the_cluster(cluster: Cluster) -> None:
+    """With the shipped configuration both targets come up, queries return data, and the rules are evaluated."""
+    with prometheus(cluster) as ask:
+        until(lambda: query(ask, "up") == {"herder-head": "1", "n1": "1"}, "both targets up")
+        assert query(ask, 'herder_nodes{state="online"}') == {"herder-head": "1"}
+        assert int(query(ask, "herder_node_memory_bytes")["n1"]) > 0
+        assert query(ask, "herder_agent_session_open") == {"n1": "1"}
+
+        def evaluated() -> list[dict[str, Any]]:
+            found = [rule for group in ask("rules")["groups"] for rule in group["rules"]]
+            return found if all(rule["health"] == "ok" for rule in found) else []
+
+        known = until(evaluated, "every rule evaluated")
+        assert len(known) == len(rules())
+        assert {rule["name"] for rule in known if rule.get("state", "inactive") != "inactive"} == set()
+
+
+@needs_prometheus
+def test_prometheus_reads_a_head_with_tls(tmp_path: Path) -> None:
+    """With the lines for TLS that the configuration names, the head is read and the agents are found over https."""
+    certificate = tmp_path / "head.crt"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=head", "-addext", "subjectAltName=IP:127.0.0.1", "-out", str(certificate),
+         "-keyout", str(certificate.with_suffix(".key"))],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    certificate.with_suffix(".key").chmod(0o600)
+    cluster = Cluster(tmp_path, certificate=certificate)
+    try:
+        cluster.start()
+        assert cluster.url.startswith("https://")
+        with prometheus(cluster) as ask:
+            until(lambda: query(ask, "up") == {"herder-head": "1", "n1": "1"}, "both targets up")
+    finally:
+        cluster.end()
 
 
 def test_metrics_ask_for_a_token(cluster: Cluster) -> None:
