@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from agent.tls import TlsConfig, client_context
 from common.config import default_state_dir, load_config, read_secret
 from common.errors import HerderError, InvalidConfig
 from common.ids import check_labels, check_node_id
@@ -25,14 +26,6 @@ Bytes = Annotated[int, msgspec.Meta(ge=0)]
 
 class Group(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Root of the groups of settings."""
-
-
-class TlsConfig(Group, frozen=True):
-    """For an https head: `ca` is trusted instead of the system's, `cert` and `key` are shown to the head."""
-
-    ca: str = ""
-    cert: str = ""
-    key: str = ""
 
 
 class HttpConfig(Group, frozen=True):
@@ -153,19 +146,7 @@ def check(config: AgentConfig) -> None:
 
 def tls_context(config: AgentConfig) -> ssl.SSLContext | None:
     """How an https head is checked; None for http. Raises: InvalidConfig."""
-    if not config.head_url.startswith("https:"):
-        return None
-    tls = config.tls
-    if bool(tls.cert) != bool(tls.key):
-        raise InvalidConfig("tls.cert and tls.key belong together")
-    try:
-        context = ssl.create_default_context(cafile=tls.ca or None)
-        if tls.cert:
-            context.load_cert_chain(tls.cert, tls.key)
-    except (OSError, ssl.SSLError) as error:
-        raise InvalidConfig(f"tls: {error}") from None
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
+    return client_context(config.tls) if config.head_url.startswith("https:") else None
 
 
 def is_loopback(host: str) -> bool:

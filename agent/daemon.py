@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from agent import procs
-from agent.config import AgentConfig, is_loopback, posture, tls_context
+from agent.config import AgentConfig, is_loopback, posture
 from agent.core import effects as fx
 from agent.core import events as ev
 from agent.core.state import State, load
@@ -95,7 +95,7 @@ class Agent:
         self.link = Link(
             config.head_url,
             config.token,
-            tls=tls_context(config),
+            tls=config.tls if config.head_url.startswith("https:") else None,
             hello=self.hello,
             digest=lambda: self.state.digest,
             post=self._heard,

@@ -20,6 +20,7 @@ import msgspec
 
 from agent.core import events as ev
 from agent.core.effects import CloseSession, SendMessage
+from agent.tls import TlsConfig, ask_why, client_context, explain
 from common import limits, wire
 from common.backoff import full_jitter_ms
 from common.clock import Clock, boottime_ms
@@ -85,7 +86,7 @@ class Link:
         url: str,
         token: Callable[[], str],
         *,
-        tls: ssl.SSLContext | None,
+        tls: TlsConfig | None,
         hello: Callable[[], Awaitable[wire.Hello]],
         digest: Callable[[], int],
         post: Callable[[ev.Event], None],
@@ -165,7 +166,7 @@ class Link:
                 except aiohttp.WSServerHandshakeError as error:
                     ended = _refused_at_the_door(error)
                 except (aiohttp.ClientError, OSError, TimeoutError, HerderError) as error:
-                    ended = Ended(str(error)[:300] or type(error).__name__)
+                    ended = await self._broken(error)
                 had_session = self.sessions > sessions_before
                 attempt = 0 if had_session else attempt + 1
                 self.last_error = str(ended)
@@ -173,6 +174,26 @@ class Link:
                 level = logging.ERROR if ended.is_fatal else logging.WARNING
                 log.log(level, "no session with the head", extra=fields(reason=str(ended), retry_ms=delay_ms))
                 await asyncio.sleep(delay_ms / 1000)
+
+    def _tls_context(self) -> ssl.SSLContext | None:
+        return client_context(self._tls) if self._tls is not None else None
+
+    def _ask_why(self) -> str:
+        return ask_why(self.url, self._tls) if self._tls is not None else ""
+
+    async def _broken(self, error: Exception) -> Ended:
+        """A connection that did not come to be, or broke; certificates are for a person to mend."""
+        if isinstance(error, HerderError):
+            return Ended(error.message, is_fatal=True)
+        words = explain(error)
+        if not words and isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
+            try:
+                words = await asyncio.to_thread(self._ask_why)
+            except HerderError as wrong:
+                words = wrong.message
+        if words:
+            return Ended(words, is_fatal=True)
+        return Ended(str(error)[:300] or type(error).__name__)
 
     def _delay_ms(self, ended: Ended, attempt: int, had_session: bool) -> int:
         if ended.is_fatal:
@@ -185,12 +206,13 @@ class Link:
         return full_jitter_ms(attempt, base_ms=limits.RECONNECT_BASE_MS, cap_ms=limits.RECONNECT_CAP_MS, rng=self._rng)
 
     async def _session(self, http: aiohttp.ClientSession) -> None:
+        tls = await asyncio.to_thread(self._tls_context)  # anew for each session: certificates are renewed
         hello = await self._hello()
         headers = {"Authorization": f"Bearer {self._token()}"}
         async with http.ws_connect(
             self.url,
             headers=headers,
-            ssl=self._tls if self._tls is not None else True,
+            ssl=tls if tls is not None else True,
             max_msg_size=limits.FRAME_BYTES,
             compress=0,
             autoping=True,
