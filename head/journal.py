@@ -35,9 +35,9 @@ from common import limits
 from common.errors import HerderError, Internal, StateCorrupt, StateReadOnly, StateTooNew, TooMany, Unavailable
 from common.statedir import sync_folder
 from common.telemetry import fields
-from head.core.objects import KINDS, Object
+from head.core.objects import KINDS, Job, Object
 from head.core.records import Record
-from head.core.state import State, restore
+from head.core.state import State, restore, restore_job
 from head.journal_schema import APPLICATION_ID, MIGRATIONS, check_identity, publish
 from herder.types import StoryLine
 
@@ -383,7 +383,10 @@ class Journal:
         gc.disable()  # nothing here is garbage; looking for some would take longer than loading
         try:
             for kind, key, body in self._connection.execute("SELECT kind, key, body FROM objects ORDER BY rowid"):
-                restore(state, _decoded(decoders, kind, key, body))
+                if kind == Job.KIND:
+                    restore_job(state, key, body)
+                else:
+                    restore(state, _decoded(decoders, kind, key, body))
         finally:
             gc.freeze()  # else the first collection would walk all of it
             if was_enabled:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -182,11 +182,11 @@ async def _count(state: State) -> AsyncIterator[Metric]:
     yield _gauge("herder_services", "Services", len(state.services))
     replicas = await _tally(state.replicas, lambda replica: (replica.state,))
     yield _by("herder_replicas", "Replicas by state", ("state",), replicas)
-    jobs = await _tally(state.jobs, lambda job: (job.state,))
+    jobs = await _tally(state.jobs.facts, lambda facts: (facts.state,))
     yield _by("herder_jobs", "Jobs kept, by state", ("state",), jobs, [(name,) for name in JOB_STATES])
 
 
-async def _tally(table: dict[str, Any], label: Callable[[Any], tuple[str, ...]]) -> Counter[tuple[str, ...]]:
+async def _tally(table: Mapping[str, Any], label: Callable[[Any], tuple[str, ...]]) -> Counter[tuple[str, ...]]:
     counts: Counter[tuple[str, ...]] = Counter()
     things = list(table.values())
     for start in range(0, len(things), SLICE_OBJECTS):

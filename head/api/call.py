@@ -55,7 +55,7 @@ class Shared:
             "service": pages.Ordered(lambda: driver.state.services),
             "replica": pages.Ordered(lambda: driver.state.replicas),
             "key": pages.Ordered(lambda: driver.state.keys),
-            "job": pages.Ordered(lambda: driver.state.jobs, rank=lambda job: -job.created_ms),
+            "job": pages.Ordered(lambda: driver.state.jobs.facts, rank=lambda facts: -facts.created_ms),
         }
 
 

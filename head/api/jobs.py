@@ -41,8 +41,8 @@ async def index(call: Call) -> web.StreamResponse:
     query, state, now_ms = call.query(JobsQuery), await call.read(), call.now_ms
 
     def wants(job_id: str) -> bool:
-        job = state.jobs[job_id]
-        return (query.status is None or job.state == query.status) and (not query.name or job.name == query.name)
+        facts = state.jobs.facts[job_id]
+        return (query.status is None or facts.state == query.status) and (not query.name or facts.name == query.name)
 
     return await call.page(
         "jobs",
@@ -50,7 +50,7 @@ async def index(call: Call) -> web.StreamResponse:
         call.lists["job"].order(),
         lambda job_id: render.job_view(state, state.jobs[job_id], now_ms),
         wants=wants if query.status or query.name else None,
-        weight=lambda job_id: len(state.jobs[job_id].steps),
+        weight=lambda job_id: state.jobs.facts[job_id].step_count,
     )
 
 

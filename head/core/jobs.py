@@ -370,7 +370,7 @@ def on_tick(turn: Turn) -> None:
         turn.touch("job", rank[2])
     excess = len(state.jobs) - len(state.live_jobs) - limits.JOBS_KEPT
     if excess >= limits.JOBS_PRUNED_PER_TICK or (excess > 0 and turn.now_ms // 60_000 != state.last_tick_ms // 60_000):
-        ended = ((job.ended_ms, job.id) for job in state.jobs.values() if job.id not in state.live_jobs)
+        ended = ((facts.ended_ms, key) for key, facts in state.jobs.facts.items() if key not in state.live_jobs)
         for _, key in heapq.nsmallest(min(excess, limits.JOBS_PRUNED_PER_TICK), ended):
             turn.delete("job", key, "job_pruned")
 

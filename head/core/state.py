@@ -8,10 +8,12 @@ rebuilt from what agents report after a restart.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 
 from common import wire
 from common.recipe import Recipe
+from head.core import job_table
 from head.core.objects import (
     ApiKey,
     Check,
@@ -74,7 +76,7 @@ class State:
     copies: dict[str, Copy] = field(default_factory=dict)
     services: dict[str, Service] = field(default_factory=dict)
     replicas: dict[str, Replica] = field(default_factory=dict)
-    jobs: dict[str, Job] = field(default_factory=dict)
+    jobs: job_table.JobTable = field(default_factory=job_table.JobTable)
     checks: dict[str, Check] = field(default_factory=dict)
     keys: dict[str, ApiKey] = field(default_factory=dict)
     idempotents: dict[str, Idempotent] = field(default_factory=dict)
@@ -128,7 +130,7 @@ class State:
         meta = self.meta.get("cluster")
         return meta.head_epoch if meta else 0
 
-    def table(self, kind: str) -> dict[str, Object]:
+    def table(self, kind: str) -> MutableMapping[str, Object]:
         """The objects of a kind by key."""
         return getattr(self, _TABLES[kind])  # type: ignore[no-any-return]
 
@@ -146,7 +148,7 @@ _TABLES = {
     "key": "keys",
     "idempotent": "idempotents",
 }
-JOB_ENDED = frozenset({"completed", "failed", "cancelled"})
+JOB_ENDED = job_table.ENDED
 STEP_ENDED = frozenset({"completed", "failed", "cancelled", "skipped"})
 HEAVY_ACTIONS = frozenset({"download", "copy", "move", "serve"})  # those that STEPS_RUNNING_PER_NODE counts
 COPY_AT_REST = frozenset({"ready", "failed", "asleep"})
@@ -171,6 +173,13 @@ def restore(state: State, thing: Object) -> None:
     """Puts an object that the journal kept, at start-up, when no object stands there before."""
     state.table(thing.KIND)[thing.key] = thing
     _index(state, thing)
+
+
+def restore_job(state: State, key: str, body: bytes) -> None:
+    """As `restore`, for a job as the journal keeps it: what has ended is not decoded. Raises: StateCorrupt."""
+    job = state.jobs.load(key, body)
+    if job is not None:
+        _index(state, job)
 
 
 def undo(state: State, record: Record, before: Object | None) -> None:

@@ -125,7 +125,8 @@ async def test_a_scrape_of_a_big_cluster_lets_others_run(tmp_path: Path) -> None
     """While 100,000 jobs are counted the loop turns many times, and two scrapes at once are both right."""
     async with Head(tmp_path) as head:
         job = Job("j", "j", "me", "completed", NOW_MS, ())
-        head.state.jobs = dict.fromkeys((f"job-{number}" for number in range(100_000)), job)
+        for number in range(100_000):
+            head.state.jobs[f"job-{number}"] = job
         turns = 0
 
         async def count_turns() -> None:
