@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 import json
 import os
+import queue
 import re
 import resource
-import select
 import signal
 import socket
 import ssl
 import stat
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -52,16 +53,23 @@ class Head:
             stderr=subprocess.PIPE,
             text=True,
         )
+        self._unread: queue.SimpleQueue[str] = queue.SimpleQueue()  # "" at the end
+        threading.Thread(target=self._pump, daemon=True).start()
+
+    def _pump(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self._unread.put(line)
+        self._unread.put("")
 
     def read_until(self, pattern: str) -> re.Match[str]:
         """Reads its log up to a line that matches."""
-        assert self.process.stderr is not None
         deadline = time.monotonic() + START_S
-        while time.monotonic() < deadline:
-            readable, _, _ = select.select([self.process.stderr], [], [], 1)
-            if not readable:
-                continue
-            line = self.process.stderr.readline()
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                line = self._unread.get(timeout=left)
+            except queue.Empty:
+                break
             if not line:
                 break
             self.lines.append(line.rstrip())
