@@ -97,7 +97,7 @@ def write_s(path: Path, size: int, threads: int, block: int, source: Path | None
 
 
 def read_limit_s(path: Path, size: int) -> tuple[float, str]:
-    """(seconds, how) of the fastest way to read an evicted file past the page cache: our threads, and fio if it is there."""
+    """(seconds, how) of the fastest way to read an evicted file past the page cache; with fio too where it is there."""
     found = []
     for threads, block in READ_SETTINGS:
         evict(path)

@@ -1,9 +1,10 @@
-"""How late a control loop's 5 ms heartbeats are while something else works: a uvloop process that stands for the agent."""
+"""How late a control loop's 5 ms heartbeats are while others work: a uvloop process that stands for the agent."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -26,7 +27,8 @@ class Ticker:
 
     def lap(self) -> list[float]:
         """The lateness of each tick since the last lap, in ms."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(b"lap\n")
         self._process.stdin.flush()
         found: list[float] = json.loads(self._process.stdout.readline())
@@ -34,7 +36,8 @@ class Ticker:
 
     def close(self) -> None:
         """Ends it."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(timeout=10)
         self._process.stdout.close()
@@ -51,7 +54,7 @@ async def _tick() -> None:
     ended = asyncio.Event()
 
     def asked() -> None:
-        if not sys.stdin.buffer.raw.read(4):  # type: ignore[attr-defined]
+        if not os.read(sys.stdin.fileno(), 4):
             ended.set()
             return
         sys.stdout.write(json.dumps([round(value, 3) for value in late_ms]) + "\n")

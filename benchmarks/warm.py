@@ -2,9 +2,10 @@
 
     python -m benchmarks.warm [--gib 4] [--rounds 3] [--dir DIR]
 
-Each round: the file is evicted and read with O_DIRECT (the limit), evicted and held by a real holder (mincore says
-how much is resident), evicted and copied to /dev/shm with cp. Bars: at least 0.85 of the limit and at most 0.05 CPU
-s/GB. GB = 1e9 bytes.
+Each round, on the same file, evicted before each step (and checked to be): it is read with O_DIRECT in several ways,
+by threads and by fio where that is installed, the fastest being the round's limit; it is held by a real holder
+(mincore says how much is resident, and it is locked); it is copied to /dev/shm with cp. Bars: at least 0.85 of the
+limit and at most 0.05 CPU s/GB. GB = 1e9 bytes.
 """
 
 from __future__ import annotations
@@ -19,42 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from agent import holder_protocol as protocol
-from common import fsio
+from benchmarks import disk
+from benchmarks.disk import BLOCK, evict, process_cpu_s
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = 4 << 20
 BAR_RATE, BAR_CPU = 0.85, 0.05
-
-
-def evict(path: Path) -> None:
-    """Takes a file out of the page cache."""
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
-
-
-def read_direct(path: Path, size: int) -> float:
-    """Seconds to read the file with O_DIRECT by two threads."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-
-    def share(begin: int, end: int) -> None:
-        buffer = fsio.aligned_buffer(BLOCK)
-        for offset in range(begin, end, BLOCK):
-            os.preadv(fd, [buffer], offset)
-
-    half = size // BLOCK // 2 * BLOCK
-    began = time.monotonic()
-    with ThreadPoolExecutor(2) as pool:
-        for future in [pool.submit(share, 0, half), pool.submit(share, half, size)]:
-            future.result()
-    elapsed = time.monotonic() - began
-    os.close(fd)
-    return elapsed
 
 
 def hold(scratch: Path, directory: Path, size: int) -> tuple[float, float, float, bool]:
@@ -106,12 +79,6 @@ def connect(path: Path) -> socket.socket:
             return channel
 
 
-def process_cpu_s(pid: int) -> float:
-    """CPU seconds of a live process, in clock ticks of 10 ms."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def copy_to_shm(path: Path) -> tuple[float, float]:
     """(seconds, CPU seconds) of cp into /dev/shm."""
     target = Path("/dev/shm") / f"herder-warm-{os.getpid()}"
@@ -139,16 +106,12 @@ def main() -> None:
         directory = Path(scratch) / "model"
         directory.mkdir()
         path = directory / "m.bin"
-        block = os.urandom(BLOCK)
-        with path.open("wb") as file:
-            for _ in range(size // BLOCK):
-                file.write(block)
+        disk.make(path, size)
         evict(path)
-        read_direct(path, size)  # not counted: below a virtual machine's disk the host may have a cache of its own
+        disk.read_s(path, size, 2, BLOCK)  # not counted: below a virtual machine's disk the host may have a cache
         has_room = shutil.disk_usage("/dev/shm").free > size
         for _ in range(options.rounds):
-            evict(path)
-            limits.append(read_direct(path, size))
+            limits.append(disk.read_limit_s(path, size))
             evict(path)
             held.append(hold(Path(scratch), directory, size))
             if has_room:
@@ -158,23 +121,33 @@ def main() -> None:
 
 
 def show(
-    size: int, limits: list[float], held: list[tuple[float, float, float, bool]], copied: list[tuple[float, float]]
+    size: int,
+    limits: list[tuple[float, str]],
+    held: list[tuple[float, float, float, bool]],
+    copied: list[tuple[float, float]],
 ) -> None:
-    """The table."""
-    limit = statistics.median(size / 1e6 / elapsed for elapsed in limits)
-    rate = statistics.median(size / 1e6 / row[0] for row in held)
-    spent = statistics.median(row[1] for row in held) / (size / 1e9)
-    locked = all(row[3] for row in held)
-    print(f"{size / 1e9:.2f} GB, medians of {len(limits)} rounds")
-    print(f"  {'O_DIRECT read (the limit)':28} {limit:8.0f} MB/s")
+    """The table: medians and best; each round's share is of that round's limit."""
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    rates = [size / 1e6 / seconds for seconds, _ in limits]
+    shares = [limit / row[0] for (limit, _), row in zip(limits, held, strict=True)]
+    found = [size / 1e6 / row[0] for row in held]
+    spent = [row[1] / (size / 1e9) for row in held]
+    print(f"{size / 1e9:.2f} GB, {os.cpu_count()} CPUs, load {load}, medians (and best) of {len(limits)} rounds")
     print(
-        f"  {'holder':28} {rate:8.0f} MB/s  {spent:.3f} CPU s/GB  {rate / limit:.2f} of the limit, resident"
-        f" {min(row[2] for row in held):.3f}, {'locked' if locked else 'not locked'}"
+        f"  {'O_DIRECT read, fastest way':28} {statistics.median(rates):6.0f} MB/s ({max(rates):.0f}), {min(limits)[1]}"
+    )
+    print(
+        f"  {'holder':28} {statistics.median(found):6.0f} MB/s ({max(found):.0f})  {statistics.median(spent):.3f} CPU"
+        f" s/GB ({min(spent):.3f})  {statistics.median(shares):.2f} of the limit ({max(shares):.2f}), resident"
+        f" {min(row[2] for row in held):.3f}, {'locked' if all(row[3] for row in held) else 'not locked'}"
     )
     if copied:
-        rate = statistics.median(size / 1e6 / elapsed for elapsed, _ in copied)
-        spent = statistics.median(cpu for _, cpu in copied) / (size / 1e9)
-        print(f"  {'cp to /dev/shm':28} {rate:8.0f} MB/s  {spent:.3f} CPU s/GB  {rate / limit:.2f} of the limit")
+        found = [size / 1e6 / elapsed for elapsed, _ in copied]
+        spent = [cpu / (size / 1e9) for _, cpu in copied]
+        print(
+            f"  {'cp to /dev/shm':28} {statistics.median(found):6.0f} MB/s ({max(found):.0f})"
+            f"  {statistics.median(spent):.3f} CPU s/GB ({min(spent):.3f})"
+        )
     print(f"bars: at least {BAR_RATE} of the limit, at most {BAR_CPU} CPU s/GB")
 
 

@@ -13,6 +13,8 @@ cannot be used. What went wrong is on stderr as one JSON line {code, message, hi
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import socket
 import sys
 from pathlib import Path
@@ -23,6 +25,8 @@ from agent.mover.config import load
 from agent.mover.process import Mover
 from common.errors import HerderError, InvalidConfig, StateLocked
 
+NICE = 5  # the agent, which has leases to keep, and engines that compute go before bulk copies
+
 
 def main() -> int:
     """Runs a mover to its end and returns the exit status."""
@@ -30,6 +34,8 @@ def main() -> int:
     parser.add_argument("--fd", type=int, required=True, help="file descriptor of the socket to the agent")
     parser.add_argument("--config", type=Path, required=True, help="settings, a JSON file")
     options = parser.parse_args()
+    with contextlib.suppress(OSError):
+        os.nice(NICE)
     try:
         config = load(options.config)
         channel = socket.socket(fileno=options.fd)
