@@ -1,4 +1,7 @@
-"""Clusters for tests: one per module by `cluster`, and the logs of their daemons with every failure."""
+"""Clusters for tests, and the logs of their daemons with every failure.
+
+Modules share a cluster among their tests: with several workers, `--dist loadfile` keeps each module on one of them.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ from tests.doubles.head_shell import hello
 from tests.e2e.cluster import Cluster, code_of
 from tests.e2e.processes import until
 
-pytestmark = pytest.mark.xdist_group("e2e_bad_input")
 GIB = 1 << 30
 
 

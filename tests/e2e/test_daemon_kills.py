@@ -13,7 +13,6 @@ import pytest
 from tests.e2e.cluster import Agent, Cluster, stream_of, wait_dead
 from tests.e2e.processes import is_alive, until
 
-pytestmark = pytest.mark.xdist_group("e2e_kills")
 WORDS = 60  # of a stream that outlives a restart: 3 s
 
 

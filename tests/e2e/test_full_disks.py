@@ -14,7 +14,6 @@ from tests.doubles.hostile_http import Faults, HostileServer
 from tests.e2e.cluster import Agent, Cluster, code_of
 from tests.e2e.processes import is_alive, until
 
-pytestmark = pytest.mark.xdist_group("e2e_disks")
 MB = 1_000_000
 STORE_BYTES = 24 << 20
 

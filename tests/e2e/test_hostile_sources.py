@@ -16,7 +16,6 @@ from tests.doubles.hostile_http import Faults, HostileServer
 from tests.e2e.cluster import Agent, Cluster, wait_dead
 from tests.e2e.processes import until
 
-pytestmark = pytest.mark.xdist_group("e2e_sources")
 MB = 1_000_000
 
 

@@ -23,7 +23,6 @@ GGUF = os.environ.get("HERDER_TEST_GGUF", "")
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.xdist_group("e2e_story"),
     pytest.mark.skipif(not (ENGINE and GGUF), reason="HERDER_TEST_LLAMA_SERVER and HERDER_TEST_GGUF are not set"),
 ]
 
@@ -85,22 +84,22 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A fresh machine, as far as Herder knows; nothing of it runs afterwards."""
+    """A fresh machine on which a model was registered, downloaded, brought to RAM and served."""
     folder = tmp_path_factory.mktemp("story")
     made = Site(folder / "state")
     try:
+        made.up()
+        made.herder("models", "add", MODEL, "--type", "llm", "--source", f"file://{GGUF}")
+        made.herder("download", MODEL, "n1:disk")
+        made.herder("copy", MODEL, "n1:dram")
+        made.herder("serve", MODEL, "n1:dram", "--recipe", "quick-llama", "--name", "smollm2")
         yield made
     finally:
         end_all(folder)
 
 
 def test_from_a_file_to_a_streamed_answer(site: Site) -> None:
-    """Register, download, bring to RAM, serve, ask through the gateway; the tables and /metrics tell all of it."""
-    site.up()
-    site.herder("models", "add", MODEL, "--type", "llm", "--source", f"file://{GGUF}")
-    site.herder("download", MODEL, "n1:disk")
-    site.herder("copy", MODEL, "n1:dram")
-    site.herder("serve", MODEL, "n1:dram", "--recipe", "quick-llama", "--name", "smollm2")
+    """What the commands brought to a node answers through the gateway; the tables and /metrics tell all of it."""
     answer = site.herder("chat", MODEL, "What does a shepherd do?", "--max-tokens", "24")
     assert len(answer.split()) >= 5, answer
     size = Path(GGUF).stat().st_size
@@ -178,9 +177,8 @@ def test_a_real_engine_that_hangs(site: Site) -> None:
 
 
 def test_down_stops_all(site: Site) -> None:
-    """`herder down --stop-engines` leaves no engine and no shim; only the holder of the RAM tier may stay."""
+    """`herder down --stop-engines` leaves no process: no daemon, engine, shim, or holder of the RAM tier."""
     engine = site.replica().pid
     site.herder("down", "--stop-engines")
     assert not is_alive(engine)
-    left = [line for _, line in processes_of(site.base.parent) if "holder" not in line]
-    assert left == []
+    assert [line for _, line in processes_of(site.base.parent)] == []

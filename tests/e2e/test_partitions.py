@@ -14,7 +14,6 @@ from tests.e2e.cluster import FAST, Agent, Cluster, stream_of
 from tests.e2e.processes import is_alive, stays, until
 from tests.e2e.proxy import Proxy
 
-pytestmark = pytest.mark.xdist_group("e2e_partitions")
 LEASE_S = 3.0
 
 

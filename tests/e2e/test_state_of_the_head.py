@@ -1,4 +1,4 @@
-"""What the head knows outlives it: backups, restores, restarts and upgrades, with agents that come back by themselves."""
+"""What the head knows outlives it: backups, restores, restarts, upgrades; agents come back by themselves."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ import sqlite3
 import threading
 from pathlib import Path
 
-import pytest
-
 from herder import Client
 from tests.e2e.cluster import Cluster, code_of
 from tests.e2e.processes import ROOT, is_alive, until
 
-pytestmark = pytest.mark.xdist_group("e2e_state")
 GOLDEN = ROOT / "tests" / "golden"
 
 

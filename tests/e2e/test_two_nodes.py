@@ -14,7 +14,6 @@ from herder.types import CreateService
 from tests.e2e.cluster import Cluster, code_of
 from tests.e2e.processes import is_alive, until
 
-pytestmark = pytest.mark.xdist_group("e2e_two_nodes")
 MB = 1_000_000
 
 
@@ -47,6 +46,8 @@ def test_copy_from_node_to_node(cluster: Cluster) -> None:
 def test_bytes_only_for_tickets(cluster: Cluster) -> None:
     """The door between nodes answers 403 without a ticket and with a wrong one, also for a blob that it has."""
     n1 = cluster.agents["n1"]
+    cluster.make_model("guarded", 50_000)
+    cluster.download("guarded", "n1")
     mover = psutil.Process(n1.child("agent.mover"))
     ports = [link.laddr.port for link in mover.net_connections("tcp") if link.status == psutil.CONN_LISTEN]
     blob = next(path.name for path in n1.store.glob("blobs/*/*"))
