@@ -45,10 +45,13 @@ class DataConfig(Group, frozen=True):
 
 
 class EnginesConfig(Group, frozen=True):
-    """Engines. `llamacpp`: path of llama-server, empty: on PATH. `command`: recipes may start any program."""
+    """Engines. `llamacpp`: path of llama-server, empty: on PATH. `command`: recipes may start any program.
+    `pass_env`: variables of the agent that engines get beside those that all get (docs/security.md).
+    """
 
     llamacpp: str = ""
     command: bool = True
+    pass_env: tuple[str, ...] = ()
 
 
 class SourcesConfig(Group, frozen=True):
@@ -74,6 +77,7 @@ class AgentConfig(Group, frozen=True):
     advertise: str = ""  # address under which the head and other nodes reach this one; empty: the first of its own
     engine_host: str = "127.0.0.1"  # where engines listen
     dram_budget_bytes: Bytes | None = None
+    dram_tmpfs: str = ""  # a tmpfs (best with huge=within_size) for RAM copies; empty: the store's files stay in RAM
     disk_budget_bytes: Bytes | None = None
     disk_reserve_bytes: Bytes = 1 << 30  # left free on the store's file system, always
     labels: dict[str, str] = {}
@@ -139,6 +143,8 @@ def check(config: AgentConfig) -> None:
         )
     if config.http.token_file:
         read_secret(Path(config.http.token_file))
+    if config.dram_tmpfs and not Path(config.dram_tmpfs).is_absolute():
+        raise InvalidConfig(f"dram_tmpfs: {config.dram_tmpfs!r} is not absolute")
     for root in config.sources.file_roots:
         if not Path(root).is_absolute():
             raise InvalidConfig(f"sources.file_roots: {root!r} is not absolute")

@@ -91,6 +91,7 @@ class Agent:
             advertise=self.advertised,
             gpu_memory=lambda pids: process_gpu_memory(self.nvml, pids),
             rng=self.rng,
+            pass_env=config.engines.pass_env,
         )
         self.link = Link(
             config.head_url,
@@ -252,6 +253,7 @@ class Agent:
                 self.state_dir.path / "holder" / "holder.sock",
                 self.driver.post,
                 budget_bytes=self.inventory.dram_budget_bytes,
+                tmpfs=self.config.dram_tmpfs,
                 rng=self.rng,
             )
             self.tasks.start("holder", self.holder.run(), is_critical=True)

@@ -24,7 +24,7 @@ from agent.tls import TlsConfig, ask_why, client_context, explain
 from common import limits, wire
 from common.backoff import full_jitter_ms
 from common.clock import Clock, boottime_ms
-from common.errors import HerderError
+from common.errors import HerderError, InvalidRequest
 from common.telemetry import fields
 
 log = logging.getLogger(__name__)
@@ -282,7 +282,11 @@ class Link:
             if frame.type not in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
                 session.end(f"closed by the head ({socket.close_code})")
                 return
-            message = _decode(frame.data)
+            try:
+                message = wire.decode(frame.data)
+            except msgspec.DecodeError as error:
+                session.put(wire.encode(_refusal(frame.data, error)))
+                continue
             if self._is_congested():
                 session.end("too much waits here")
                 return
@@ -344,11 +348,40 @@ class Link:
                 return
 
 
+class _AnyCommand(msgspec.Struct, frozen=True):
+    """What names a command whose body is not known here."""
+
+    op_id: str
+    generation: int
+
+
+def _refusal(data: str | bytes, error: msgspec.DecodeError) -> wire.Result:
+    """The answer to a command of a kind or form that is not known here: else the head would repeat it for ever.
+
+    Raises: Ended for a frame that is no command.
+    """
+    try:
+        envelope = msgspec.json.decode(data, type=wire.Envelope)
+        command = msgspec.json.decode(envelope.body, type=_AnyCommand)
+    except msgspec.DecodeError:
+        raise _unreadable(error) from None
+    if envelope.kind != "command":
+        raise _unreadable(error)
+    log.error("a command that this agent does not understand", extra=fields(op=command.op_id[:200], why=str(error)))
+    said = f"this agent does not understand the command: {error}"[:500]
+    info = InvalidRequest(said, hint="agent and head are of different versions: upgrade the agent").info()
+    return wire.Result(command.op_id[:512], command.generation, "failed", error=info)
+
+
+def _unreadable(error: msgspec.DecodeError) -> Ended:
+    return Ended(f"the head sent what cannot be read: {error}"[:300])
+
+
 def _decode(data: str | bytes) -> wire.Message | None:
     try:
         return wire.decode(data)
     except msgspec.DecodeError as error:
-        raise Ended(f"the head sent what cannot be read: {error}"[:300]) from None
+        raise _unreadable(error) from None
 
 
 def _raise_refused(refused: wire.Refused) -> None:

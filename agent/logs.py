@@ -7,6 +7,7 @@ room before each chunk, so that a log never crowds out a lease, and ends when th
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from common import errors, limits, wire
 from common.errors import ErrorInfo, HerderError
 from common.tasks import Supervisor
 
+# escape sequences of terminals (CSI and OSC), and control characters but newline and tab
+_NOT_TEXT = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 FOLLOW_S = 0.25  # how often a followed log is looked at
 TAIL_BYTES_MAX = 4 * 1024 * 1024  # how far back the last lines are looked for
 
@@ -79,8 +82,9 @@ def tail_offset(run_dir: Path, lines: int) -> int:
 def last_lines(run_dir: Path, lines: int = limits.LAST_LOG_LINES) -> tuple[str, ...]:
     """The last lines of a run, cut to a sane length."""
     _, data = read_all(run_dir, tail_offset(run_dir, lines))
-    text = data.decode(errors="replace")
-    return tuple(line[: limits.LAST_LOG_CHARS] for line in text.splitlines()[-lines:])
+    text = _NOT_TEXT.sub("", data.decode(errors="replace"))
+    kept = text.removesuffix("\n").split("\n")[-lines:] if text else []
+    return tuple(line[: limits.LAST_LOG_CHARS] for line in kept)
 
 
 def read_all(run_dir: Path, offset: int) -> tuple[int, bytes]:

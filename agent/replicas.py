@@ -79,6 +79,7 @@ class Replicas:
         gpu_memory: Callable[[list[int]], int] = lambda pids: 0,
         rng: random.Random | None = None,
         ports: tuple[int, int] = limits.PORT_RANGE,
+        pass_env: tuple[str, ...] = (),
     ) -> None:
         self.engines: dict[str, Engine] = {}  # by replica
         self._files = files
@@ -90,6 +91,7 @@ class Replicas:
         self._gpu_memory = gpu_memory
         self._rng = rng or random.Random()
         self._ports = ports
+        self._pass_env = pass_env
         self._taken: set[int] = set()  # ports given to engines that are starting or running
         self._http: aiohttp.ClientSession | None = None
         self._sessions: tuple[int, dict[int, list[procs.Process]]] = (-MEASURE_MS, {})
@@ -179,7 +181,11 @@ class Replicas:
         directory, key_file = self._files.make(order.replica, run, api_key=order.api_key)
         setting = Setting(order, self._engine_host, port, str(directory), effect.directory, effect.manifest, key_file)
         launch = runtime.launch(setting)
-        env = {**scrubbed(os.environ), **launch.env, procs.MARK: self._files.mark(order.replica, run)}
+        env = {
+            **scrubbed(os.environ, pass_env=self._pass_env),
+            **launch.env,
+            procs.MARK: self._files.mark(order.replica, run),
+        }
         spec = self._files.write_spec(directory, launch.argv, env, self._reported_host(), port, order)
         mark = env[procs.MARK]
         pid = _spawn_shim(spec, directory / "shim.err", mark)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ from common.wire import EnsureReplica
 
 T = TypeVar("T")
 FORGOTTEN_KEPT = 32  # replicas that are gone, whose logs are still kept
+FORGOTTEN_KEPT_S = 14 * 86_400  # and for how long
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -79,6 +81,9 @@ class RunFiles:
         directory.mkdir(mode=0o700, parents=True)
         for old in self._runs(replica)[: -limits.LOG_RUNS_KEPT - 1]:
             shutil.rmtree(self.directory(replica, old), ignore_errors=True)
+        for old in self._runs(replica):
+            if old < run:
+                _tidy(self.directory(replica, old))
         if not api_key:
             return directory, ""
         write_secret(directory / "api_key", api_key)
@@ -119,14 +124,15 @@ class RunFiles:
     def forget(self, replica: str) -> None:
         """Removes a replica's secrets; its logs stay until enough other replicas were forgotten after it."""
         for run in self._runs(replica):
-            for name in ("spec.json", "api_key"):
-                (self.directory(replica, run) / name).unlink(missing_ok=True)
+            _tidy(self.directory(replica, run))
         folder = self.root / replica
         if folder.is_dir():
             (folder / "forgotten").touch(mode=0o600)
         marks = sorted(self.root.glob("*/forgotten"), key=lambda path: path.stat().st_mtime_ns)
-        for mark in marks[:-FORGOTTEN_KEPT]:
-            shutil.rmtree(mark.parent, ignore_errors=True)
+        oldest = time.time() - FORGOTTEN_KEPT_S
+        for mark in marks:
+            if mark in marks[:-FORGOTTEN_KEPT] or mark.stat().st_mtime < oldest:
+                shutil.rmtree(mark.parent, ignore_errors=True)
 
     def remember(self, replica: str) -> None:
         """The replica is wanted again."""
@@ -145,6 +151,17 @@ class RunFiles:
         if not folder.is_dir():
             return []
         return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+
+
+def _tidy(directory: Path) -> None:
+    """Leaves of an ended run its logs and how it ended: secrets go, and what the engine left in its folder."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if path.name in ("exit.json", "pid.json") or path.name.startswith("log."):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _read(path: Path, kind: type[T]) -> T | None:

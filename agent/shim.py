@@ -25,6 +25,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import select
 import signal
 import sys
@@ -122,6 +123,7 @@ def start_engine(spec: dict[str, Any], output: int) -> tuple[int, str]:
             os.dup2(output, 1)
             os.dup2(output, 2)
             os.chdir(spec["cwd"])
+            resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
             os.execvpe(spec["argv"][0], spec["argv"], spec["env"])  # noqa: S606 - a list, no shell
         except BaseException as error:  # noqa: BLE001 - nothing may return into the parent's code from here
             os.write(failure_write, f"{spec['argv'][0]}: {error}".encode()[:500])

@@ -25,6 +25,9 @@ from common.errors import HerderError
 _REPLICA = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,94}[a-z0-9])?")
 _REPLICA_STORAGE = re.compile(r"disk|dram|gpu[0-9]{1,3}(?:,gpu[0-9]{1,3})*")
 _URL = re.compile(r"(?:https?|tcp)://\S{1,2000}")
+_URL_PATH = re.compile(r"/[!-~]{0,1000}")
+_ENV_NAME = re.compile(r"[^=\0]{1,256}")
+SECONDS_MAX = 30 * 86_400
 Task = CopyTask | ReplicaTask
 
 
@@ -124,6 +127,7 @@ def _check(body: wire.AnyCommand) -> None:
             _check_replica(body)
         case wire.StopReplica():
             _check_replica_id(body.replica)
+            _check_seconds(body.grace_s)
         case wire.CheckHealth():
             if body.replica:
                 _check_replica_id(body.replica)
@@ -140,10 +144,26 @@ def _check_replica(body: wire.EnsureReplica) -> None:
         ids.check_revision(body.revision)
     if not _REPLICA_STORAGE.fullmatch(body.storage):
         raise errors.InvalidDevice(f"{body.storage[:40]!r} is no place for an engine")
-    if not 0 <= body.port <= 65_535:
-        raise errors.InvalidValue(f"port {body.port}")
-    if any("\0" in text for text in (*body.argv, *body.env, *body.env.values(), body.served_name, body.api_key)):
+    if body.port and not 1_024 <= body.port <= 65_535:
+        raise errors.InvalidValue(f"port {body.port}", hint="1024 to 65535, or 0: the agent chooses")
+    words = (*body.argv, *body.env, *body.env.values(), *body.gpu_uuids, body.served_name, body.api_key)
+    if any("\0" in text for text in words):
         raise errors.InvalidValue("a NUL byte in what the engine is started with")
+    if not all(_ENV_NAME.fullmatch(name) for name in body.env):
+        raise errors.InvalidValue("a name of an environment variable that is none")
+    health = body.health
+    for path in (health.path, health.canary_path):
+        if path and not _URL_PATH.fullmatch(path):  # it follows host and port: "@elsewhere" would be another host
+            raise errors.InvalidValue(f"{path[:80]!r} is not a path", hint="it begins with /")
+    for seconds in (health.timeout_s, health.period_s, health.ready_timeout_s, body.stop_grace_s):
+        _check_seconds(seconds)
+    if not 0 <= body.stop_after_ms <= SECONDS_MAX * 1000:
+        raise errors.InvalidValue(f"stop_after_ms {body.stop_after_ms}")
+
+
+def _check_seconds(seconds: float) -> None:
+    if not 0 <= seconds <= SECONDS_MAX:
+        raise errors.InvalidValue(f"{seconds} seconds", hint=f"0 to {SECONDS_MAX}")
 
 
 def _check_replica_id(text: str) -> None:

@@ -145,6 +145,9 @@ def _wake_copies(turn: Turn, task: ReplicaTask) -> None:
 
 def _start(turn: Turn, task: ReplicaTask, engine: Engine) -> None:
     state = turn.state
+    if _halt_at_ms(state, task) <= turn.now_ms:
+        _halt(turn, task)  # it fell while there was no head, and by now another may run elsewhere
+        return
     is_here, copy = _copy_of(state, task.order)
     if not is_here:
         if task.state != "waiting_copy":
@@ -405,10 +408,7 @@ def tick(turn: Turn) -> None:
                 turn.emit(SignalReplica(task.key, task.run, is_kill=True))
             continue
         if _halt_at_ms(turn.state, task) <= turn.now_ms:
-            seconds = task.order.stop_after_ms / 1000
-            reason = f"no head for {seconds:g} s"
-            error = errors.Unavailable(f"stopped by its own agent: {reason}").info()
-            turn.put(replace(task, state="stopping", halted=reason, error=error), "replica_halted", cause="stop_after")
+            _halt(turn, task)
         elif engine.ready_by_ms and engine.ready_by_ms <= turn.now_ms:
             engine.ready_by_ms = 0
             error = errors.EngineNotReady(f"not ready after {task.order.health.ready_timeout_s:g} s").info()
@@ -441,6 +441,13 @@ def wake_ms(state: State, now_ms: int) -> int:
                 if not engine.is_probing:
                     due = min(due, engine.probe_at_ms)
     return due
+
+
+def _halt(turn: Turn, task: ReplicaTask) -> None:
+    """Without a head for too long: it does not run until a head orders it again."""
+    reason = f"no head for {task.order.stop_after_ms / 1000:g} s"
+    error = errors.Unavailable(f"stopped by its own agent: {reason}").info()
+    turn.put(replace(task, state="stopping", halted=reason, error=error), "replica_halted", cause="stop_after")
 
 
 def _halt_at_ms(state: State, task: ReplicaTask) -> int:

@@ -80,17 +80,25 @@ def tell(turn: Turn) -> None:
         state.is_changed = False
     if not state.session_id:
         return
-    for outcome in state.outcomes.values():
-        if not outcome.is_acked:
-            last_ms = state.results_sent_ms.get(outcome.key)
-            if last_ms is None or turn.now_ms - last_ms >= limits.RESULT_REPEAT_MS:
-                turn.say(outcome.result)
+    _say_results(turn)
     is_spaced = turn.now_ms - state.reported_ms >= limits.REPORT_SPACING_MS
     if state.digest != state.reported_digest and (is_spaced or state.reported_digest == -1):
         state.report_seq += 1
         state.reported_digest = state.digest
         state.reported_ms = turn.now_ms
         turn.send(replace(report(state), seq=state.report_seq, digest=state.digest))
+
+
+def _say_results(turn: Turn) -> None:
+    """Says results, so many at a time: all at once would overflow the link, and so end each session anew."""
+    sent_ms, since_ms = turn.state.results_sent_ms, turn.now_ms - limits.RESULT_REPEAT_MS
+    in_flight = sum(last_ms > since_ms for last_ms in sent_ms.values())
+    for outcome in turn.state.outcomes.values():
+        if in_flight >= limits.RESULTS_IN_FLIGHT:
+            return
+        if not outcome.is_acked and sent_ms.get(outcome.key, since_ms) <= since_ms:
+            turn.say(outcome.result)
+            in_flight += 1
 
 
 def wake_ms(state: State, now_ms: int) -> int:
@@ -100,9 +108,10 @@ def wake_ms(state: State, now_ms: int) -> int:
     due = NEVER_MS
     if state.digest != state.reported_digest:
         due = state.reported_ms + limits.REPORT_SPACING_MS
-    for outcome in state.outcomes.values():
-        if not outcome.is_acked:
-            due = min(due, state.results_sent_ms.get(outcome.key, now_ms) + limits.RESULT_REPEAT_MS)
+    for key, sent_ms in state.results_sent_ms.items():
+        outcome = state.outcomes.get(key)
+        if outcome is not None and not outcome.is_acked:
+            due = min(due, sent_ms + limits.RESULT_REPEAT_MS)
     return due
 
 

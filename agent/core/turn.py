@@ -11,7 +11,7 @@ from typing import Any
 from agent.core.effects import Effect, SendMessage
 from agent.core.objects import Object, Outcome, Record
 from agent.core.state import State, apply
-from common import wire
+from common import limits, wire
 from common.errors import ErrorInfo
 
 
@@ -52,10 +52,18 @@ class Turn:
     def answer(
         self, op_id: str, generation: int, outcome: str, *, error: ErrorInfo | None = None, **fields: Any
     ) -> None:
-        """Records how a command ended and says it; it is repeated until acknowledged."""
+        """Records how a command ended; `session.tell` says it at the end of the turn, until it is acknowledged."""
         result = wire.Result(op_id, generation, outcome, error=error, **fields)
         self.put(Outcome(result, self.now_ms), f"op_{outcome}", cause=op_id)
-        self.say(result)
+        self.state.results_sent_ms.pop(op_id, None)
+        if len(self.state.outcomes) > limits.OUTCOMES_KEPT + limits.OUTCOMES_UNACKED:
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        """A head that never acknowledges must not fill this node: it will repeat what it still wants."""
+        waiting = [outcome for outcome in self.state.outcomes.values() if not outcome.is_acked]
+        for outcome in sorted(waiting, key=lambda item: item.at_ms)[: limits.OUTCOMES_UNACKED // 10]:
+            self.delete("outcome", outcome.key, "result_given_up")
 
     def say(self, result: wire.Result) -> None:
         """Sends a result that the ledger holds."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -20,11 +20,22 @@ from common.errors import InvalidValue
 from common.manifest import Manifest
 
 _PLACEHOLDER = re.compile(r"\{(model_path|model_dir|port|host|api_key_file|gpu_uuids|state_dir|cpus)\}")
-_OURS = ("PYTHON", "VIRTUAL_ENV", "HERDER_", "LISTEN_", "WATCHDOG_", "CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET")
-_SYSTEMD = frozenset(
-    {"INVOCATION_ID", "JOURNAL_STREAM", "MAINPID", "STATE_DIRECTORY", "RUNTIME_DIRECTORY", "LOGS_DIRECTORY",
-     "CACHE_DIRECTORY", "CONFIGURATION_DIRECTORY", "SYSTEMD_EXEC_PID", "MEMORY_PRESSURE_WATCH"}
-)  # fmt: skip
+_PASSED = frozenset({"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH"})
+_PASSED_FAMILIES = (
+    "LC_",
+    "CUDA_",
+    "NVIDIA_",
+    "NCCL_",
+    "UCX_",
+    "OMP_",
+    "MKL_",
+    "GGML_",
+    "SLURM_",
+    "ROCR_",
+    "HIP_",
+    "HSA_",
+)
+_SECRET = re.compile(r"TOKEN|SECRET|PASS|CREDENTIAL|KEY|AUTH", re.IGNORECASE)
 
 
 class Setting(msgspec.Struct, frozen=True):
@@ -97,15 +108,23 @@ def gpu_env(order: wire.EnsureReplica) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": ",".join(order.gpu_uuids)}
 
 
-def scrubbed(environ: Mapping[str, str], *, bin_dir: str = "") -> dict[str, str]:
-    """Our environment without what is ours: engines have their own Python, and nothing of the agent's reaches them."""
+def scrubbed(environ: Mapping[str, str], *, bin_dir: str = "", pass_env: Collection[str] = ()) -> dict[str, str]:
+    """What of our environment engines get: where things are, language, and what drivers and libraries read.
+
+    Everything else stays behind, so that no token, proxy or Python path of the agent's reaches an engine. Within the
+    families a name that looks like a secret is left out. `pass_env`: names that the operator lets through.
+    """
     ours = os.path.realpath(bin_dir or Path(sys.executable).parent)
-    kept = {name: value for name, value in environ.items() if not name.startswith(_OURS) and name not in _SYSTEMD}
+    kept = {name: value for name, value in environ.items() if _is_passed(name) or name in pass_env}
     folders = [folder for folder in kept.get("PATH", os.defpath).split(":") if folder]
     if sys.prefix != sys.base_prefix or bin_dir:  # a virtual environment's; the system's own bin stays
         folders = [folder for folder in folders if os.path.realpath(folder) != ours]
     kept["PATH"] = ":".join(folders)
     return kept
+
+
+def _is_passed(name: str) -> bool:
+    return name in _PASSED or (name.startswith(_PASSED_FAMILIES) and _SECRET.search(name) is None)
 
 
 def gguf_file(setting: Setting) -> str:

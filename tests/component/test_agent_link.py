@@ -203,3 +203,46 @@ async def test_telemetry_latest_wins() -> None:
             owner.link.offer_telemetry(wire.Telemetry(load1=float(load)))
         await until(lambda: head.of(wire.Telemetry), "readings")
         assert [reading.load1 for reading in head.of(wire.Telemetry)] == [49.0]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"op_id":"op-1","generation":7,"head_epoch":1,"cause":"c","body":{"type":"make_coffee","cups":2}}',
+        b'{"op_id":"op-1","generation":7,"head_epoch":1,"cause":"c","body":{"type":"stop_replica","replica":5}}',
+    ],
+)
+async def test_command_that_is_not_understood_is_answered(body: bytes) -> None:
+    """A command of a later head is told as failed, and the session goes on."""
+    async with WsHead() as head, running(Owner(head.url)) as owner:
+        await until(lambda: owner.link.session is not None, "a session")
+        assert head._socket is not None
+        await head._socket.send_bytes(b'{"kind":"command","body":' + body + b"}")
+        await until(lambda: head.result("op-1", 7), "its result")
+        result = head.result("op-1", 7)
+        assert result is not None
+        assert result.error is not None
+        assert (result.outcome, result.error.code) == ("failed", "invalid_request")
+        assert head.sessions == 1
+
+
+@pytest.mark.parametrize("frame", [b"x", b"{}", b'{"kind":"ack","body":{"seq":"x"}}', b'{"kind":"command","body":{}}'])
+async def test_frame_that_cannot_be_read_ends_the_session(frame: bytes) -> None:
+    """What is no frame ends the session with the reason, and the agent comes back."""
+    async with WsHead() as head, running(Owner(head.url)) as owner:
+        await until(lambda: owner.link.session is not None, "a session")
+        assert head._socket is not None
+        await head._socket.send_bytes(frame)
+        await until(lambda: head.sessions == 2, "another session")
+        closed = owner.of(ev.SessionClosed)[0]
+        assert isinstance(closed, ev.SessionClosed)
+        assert "cannot be read" in closed.reason
+
+
+async def test_frame_over_the_limit_ends_the_session() -> None:
+    """A frame beyond FRAME_BYTES is not read to its end; the agent comes back."""
+    async with WsHead() as head, running(Owner(head.url)) as owner:
+        await until(lambda: owner.link.session is not None, "a session")
+        assert head._socket is not None
+        await head._socket.send_bytes(b" " * (limits.FRAME_BYTES + 1))
+        await until(lambda: head.sessions == 2, "another session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
 
 import aiohttp
@@ -14,6 +15,7 @@ from agent.core.state import State, load
 from agent.exporter import Exporter, Facts
 from agent.ledger import Ledger
 from agent.logs import last_lines, tail_offset, whole_characters
+from agent.run_files import RunFiles
 from agent.runtimes.base import Setting, fill, gguf_file, scrubbed
 from agent.runtimes.command import Command
 from agent.runtimes.llamacpp import LlamaCpp
@@ -137,16 +139,19 @@ class TestCommand:
 
 
 def test_scrubbed_environment(tmp_path: Path) -> None:
-    """Nothing of ours or systemd's goes on, and our bin dir leaves PATH, also under another name."""
+    """Only what is allowed goes on, nothing that looks like a secret; our bin dir leaves PATH, also by another name."""
     ours = tmp_path / "bin"
     ours.mkdir()
     (tmp_path / "alias").symlink_to(ours)
     env = {
         "PATH": f"{ours}:/usr/bin:{tmp_path}/alias",
         "PYTHONPATH": "x", "VIRTUAL_ENV": "x", "HERDER_AGENT_HEAD_URL": "x", "NOTIFY_SOCKET": "x",
-        "INVOCATION_ID": "x", "HOME": "/h", "SLURM_JOB_ID": "1",
+        "INVOCATION_ID": "x", "HOME": "/h", "SLURM_JOB_ID": "1", "HF_TOKEN": "x", "AWS_SECRET_ACCESS_KEY": "x",
+        "NVIDIA_API_KEY": "x", "NVIDIA_DRIVER_CAPABILITIES": "all", "LD_PRELOAD": "x", "http_proxy": "x", "MINE": "m",
     }  # fmt: skip
-    assert scrubbed(env, bin_dir=str(ours)) == {"PATH": "/usr/bin", "HOME": "/h", "SLURM_JOB_ID": "1"}
+    kept = {"PATH": "/usr/bin", "HOME": "/h", "SLURM_JOB_ID": "1", "NVIDIA_DRIVER_CAPABILITIES": "all"}
+    assert scrubbed(env, bin_dir=str(ours)) == kept
+    assert scrubbed(env, bin_dir=str(ours), pass_env=("MINE",)) == {**kept, "MINE": "m"}
 
 
 class TestLedger:
@@ -268,3 +273,25 @@ def test_ledger_is_private(tmp_path: Path) -> None:
     state_dir = StateDir.open(tmp_path / "state", daemon="herder-agent")
     assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o700
     state_dir.close()
+
+
+def test_ended_runs_keep_only_their_logs(tmp_path: Path) -> None:
+    """What an engine left in its folder goes when its run is over, and secrets with it; logs stay, for a while."""
+    files = RunFiles(tmp_path)
+    for run in (1, 2):
+        directory, key = files.make("chat-0", run, api_key="secret")
+        (directory / "log.000000000000000").write_text("said")
+        (directory / "cache").mkdir()
+        (directory / "cache/big").write_text("x" * 100)
+        (directory / "core").symlink_to("/etc/passwd")
+        assert Path(key).stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in (tmp_path / "chat-0/1").iterdir()) == ["log.000000000000000"]
+    assert (tmp_path / "chat-0/2/cache/big").exists()
+    files.forget("chat-0")
+    assert sorted(path.name for path in (tmp_path / "chat-0/2").iterdir()) == ["log.000000000000000"]
+    long_ago = time.time() - 15 * 86_400
+    os.utime(tmp_path / "chat-0/forgotten", (long_ago, long_ago))
+    files.make("chat-1", 1, api_key="")
+    files.forget("chat-1")
+    assert not (tmp_path / "chat-0").exists()
+    assert (tmp_path / "chat-1").exists()

@@ -16,7 +16,7 @@ import pytest
 
 from agent import procs
 from agent.lease_note import LeaseNote
-from agent.logs import end_of, read_from, segments
+from agent.logs import end_of, last_lines, read_from, segments
 from agent.replicas import SHIM
 from common.clock import boottime_ms
 
@@ -279,3 +279,50 @@ def test_without_stop_after_the_engine_runs_on(run: Run) -> None:
     assert run.shim is not None
     run.shim.wait(WAIT_S)
     assert procs.is_running(identity["pid"], identity["ticks"])
+
+
+# engines with bad manners
+def test_junk_in_the_output(run: Run) -> None:
+    """Binary junk and terminal sequences are kept in the log as they are; the last lines for people are plain text."""
+    script = r"printf '\033[31mred\033[0m\n\033]0;title\007bell\007\n\000\377\200\nlast\n'"
+    run.start(script).end()
+    assert b"\x1b[31mred" in segments(run.directory)[0][1].read_bytes()
+    lines = last_lines(run.directory)
+    assert lines[:2] == ("red", "bell")
+    assert lines[-1] == "last"
+    assert all(character.isprintable() or character == "\ufffd" for line in lines for character in line)
+
+
+def test_one_endless_line(run: Run) -> None:
+    """A line of megabytes is cut for people and costs no more than the log's size."""
+    run.start("head -c 3000000 /dev/zero | tr '\\0' x", log_bytes=400_000).end()
+    assert sum(path.stat().st_size for _, path in segments(run.directory)) <= 400_000
+    (line,) = last_lines(run.directory)
+    assert 0 < len(line) <= 500
+
+
+def test_engine_that_closes_its_output(run: Run) -> None:
+    """An engine without stdout and stderr is company kept as any other, at no cost."""
+    run.start("exec >&- 2>&-; sleep 600")
+    identity = run.identity()
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.end()["exit_code"] == -signal.SIGTERM
+    assert not procs.is_running(identity["pid"], identity["ticks"])
+
+
+def test_daemon_without_mark_and_session(run: Run) -> None:
+    """A daemon in its own session that has thrown away its environment is found all the same when the engine ends."""
+    run.start(f"env -i setsid sh -c 'echo $$ > {run.directory}/daemon; sleep 600' & echo up; wait")
+    pid_file = run.directory / "daemon"
+    until(lambda: pid_file.exists() and pid_file.read_text().strip(), "the daemon")
+    pid = int(pid_file.read_text())
+    os.kill(run.pid, signal.SIGTERM)
+    run.end()
+    process = procs.read_process(pid)
+    assert process is None or process.state in "ZX"
+
+
+def test_crash_leaves_no_core_file(run: Run) -> None:
+    """A crash does not fill the disk with the engine's memory, unless the engine asks for it."""
+    assert run.start("ulimit -c; kill -SEGV $$").end()["exit_code"] == -signal.SIGSEGV
+    assert run.output().split()[0] == "0"

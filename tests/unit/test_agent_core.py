@@ -411,3 +411,60 @@ def test_side_that_does_not_come_up_ends_what_waits_for_it(
     slow.post(ev.MoverReady(slow._copies()) if storage == "disk" else ev.HolderReady(()))
     slow.command(ensure_copy(storage), 4)
     assert slow.results() == [(op_id, 4, "ok", "")]
+
+
+def test_many_results_do_not_overflow_the_link(node: Node) -> None:
+    """More results than the link can queue are said in portions, each portion when the one before is acknowledged."""
+    node.close()
+    for number in range(300):
+        node.command(drop_copy(model=f"org/m{number}"), 1)
+    node.open()
+    said: set[str] = set()
+    for _ in range(300):
+        portion = node.results()
+        if not portion:
+            break
+        assert len(portion) <= limits.RESULTS_IN_FLIGHT
+        said |= {op_id for op_id, *_ in portion}
+        for op_id, generation, *_ in portion:
+            node.ack(op_id, generation)
+    assert len(said) == 300
+
+
+def test_results_that_nobody_acknowledges_are_bounded(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that never acknowledges does not fill the ledger; what it still wants it repeats."""
+    monkeypatch.setattr(limits, "OUTCOMES_KEPT", 20)
+    monkeypatch.setattr(limits, "OUTCOMES_UNACKED", 20)
+    for number in range(200):
+        node.command(drop_copy(model=f"org/m{number}"), 1)
+    assert len(node.state.outcomes) <= 40
+    node.take(wire.Result)
+    node.command(drop_copy(model="org/m0"), 1)
+    node.wait(limits.RESULT_REPEAT_MS * 2)
+    assert "copy:org/m199@main|n1:disk" in node.state.outcomes
+
+
+HOSTILE = [
+    ensure_replica(port=80),
+    ensure_replica(port=70_000),
+    ensure_replica(env={"A=B": "x"}),
+    ensure_replica(env={"": "x"}),
+    ensure_replica(gpu_uuids=("GPU\0",)),
+    ensure_replica(health=wire.HealthSpec(path="@evil.example/")),
+    ensure_replica(health=wire.HealthSpec(canary_path="http://evil.example/")),
+    ensure_replica(health=wire.HealthSpec(path="/a b")),
+    ensure_replica(health=wire.HealthSpec(timeout_s=1e308)),
+    ensure_replica(health=wire.HealthSpec(ready_timeout_s=1e308)),
+    ensure_replica(health=wire.HealthSpec(period_s=-1)),
+    ensure_replica(stop_grace_s=1e308),
+    ensure_replica(stop_after_ms=-5),
+    wire.StopReplica("chat-0", grace_s=1e308),
+]
+
+
+@pytest.mark.parametrize("body", HOSTILE)
+def test_values_that_would_break_the_agent_are_refused(node: Node, body: wire.AnyCommand) -> None:
+    """Numbers without bounds, addresses dressed as paths, privileged ports: refused before anything is kept."""
+    node.command(body, 1, op_id="x")
+    assert node.results() == [("x", 1, "failed", "invalid_value")]
+    assert not node.state.replicas
