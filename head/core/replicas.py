@@ -85,6 +85,8 @@ def _ready_by_result(turn: Turn, replica: Replica, detail: dict[str, Any]) -> No
     host, port, pid = detail.get("host"), detail.get("port"), detail.get("pid")
     if not isinstance(host, str) or not isinstance(port, int) or not 0 < port < 65_536:
         return  # the report says it
+    if replica.state not in ("pending", "waiting_copy", "starting") or replica.restarts:
+        return  # a late word: reports have told since that it fell, and will tell when it is there again
     _update(turn, replica, state="ready", host=host, port=port, pid=pid if isinstance(pid, int) else 0)
 
 

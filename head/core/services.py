@@ -360,17 +360,12 @@ def replace_after_ms(state: State, recipe: Recipe, replica: Replica) -> int:
     """When an engine on an unreachable node has surely been stopped by its own agent.
 
     The agent counts stop_after from its last acknowledged lease, which is before the head's view of the lease ends
-    (`status_since_ms`); another whole lease, the grace to stop and a margin cover every delay between them.
+    (`status_since_ms`); another whole lease, the grace to stop and a margin cover every delay between them. Time from
+    before this head's start does not count: its clock may have jumped ahead then.
     """
-    node = state.nodes[replica.node]
+    since_ms = max(state.nodes[replica.node].status_since_ms, state.started_ms)
     grace_ms = int(recipe.stop_grace_s * 1000)
-    return (
-        node.status_since_ms
-        + node_facts.lease_ms(state)
-        + limits.REPLACE_STOP_AFTER_MS
-        + grace_ms
-        + limits.REPLACE_MARGIN_MS
-    )
+    return since_ms + node_facts.lease_ms(state) + limits.REPLACE_STOP_AFTER_MS + grace_ms + limits.REPLACE_MARGIN_MS
 
 
 def _move(turn: Turn, service: Service, recipe: Recipe, replica: Replica, why: str) -> list[str]:

@@ -319,6 +319,19 @@ class TestWithoutHead:
         assert error is not None
         assert "no head" in error.message
 
+    def test_an_engine_that_falls_without_a_head_is_not_started_after_its_time(self, node: Node) -> None:
+        """Its restart comes due when another may run elsewhere already; the head's next order starts it again."""
+        ready(node, stop_after_ms=60_000)
+        node.close()
+        node.wait(15_000 + 60_000 - 1)
+        node.exit("chat-0")
+        node.wait(limits.REPLICA_BACKOFF_CAP_MS)
+        assert node.replica_state() == "stopped"
+        assert spawns(node) == [1]
+        node.open()
+        node.command(ensure_replica(stop_after_ms=60_000), 2)
+        assert spawns(node) == [1, 2]
+
     def test_stop_after_survives_a_restart(self, node: Node) -> None:
         """A restarted agent goes on counting from the noted lease, not from its own start."""
         ready(node, stop_after_ms=60_000)

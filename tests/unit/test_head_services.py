@@ -172,12 +172,12 @@ class TestReports:
     """Agents' words become states."""
 
     def test_ready_is_ready_where_it_listens(self) -> None:
-        """A ready engine gets requests at the host and port that its agent said."""
+        """A ready engine gets requests at its node's own address, whatever host a report names, and at the port it said."""
         world = world_with("n1")
         world.serve()
         world.ready()
         (route,) = service_views.routes(world.state, "m")
-        assert (route.host, route.port, route.api_key, route.served_name) == ("10.0.0.1", 9000, "key-1", "m")
+        assert (route.host, route.port, route.api_key, route.served_name) == ("n1.local", 9000, "key-1", "m")
         assert service_views.routes(world.state, "svc") == [route]
         assert service_views.service_state(world.state, "svc") == "ready"
 
@@ -267,6 +267,18 @@ class TestReports:
         assert command is not None
         assert command.generation == generation
         assert world.replica().state == "pending"
+
+    @pytest.mark.parametrize("state", ["failed", "unhealthy"])
+    def test_a_late_result_makes_no_fallen_engine_ready(self, state: str) -> None:
+        """The result of its first start comes after the report of its end: it changes nothing."""
+        world = world_with("n1")
+        world.serve()
+        generation = world.replica().generation
+        world.engines("n1", world.status(state="starting", pid=77))
+        world.engines("n1", world.status(state=state, error=failed_with("it fell")))
+        detail = {"host": "10.0.0.1", "port": 9000, "pid": 77}
+        world.answer("replica:svc-0", node="n1", generation=generation, detail=detail)
+        assert world.replica().state == state
 
     def test_progress_words_are_shown(self) -> None:
         """The state word of a starting engine is taken; `ready` waits for the port."""
@@ -483,6 +495,24 @@ class TestNodes:
         stop = world.command(wire.StopReplica, "n1")
         assert stop is not None
         assert stop.generation > command.generation
+
+    def test_a_clock_that_jumps_at_a_start_of_the_head_replaces_nothing_early(self) -> None:
+        """The wall clock was an hour behind when the head died: the agent's own time to stop has not passed for that."""
+        world = world_with("n1", "n2", "n3")
+        world.serve(on_unreachable="replace")
+        world.ready()
+        world.close("n1")
+        world.pass_s(20, alive=("n2", "n3"))
+        assert world.state.nodes["n1"].status == "unreachable"
+        world.now_ms += 3_600_000
+        world.restart()
+        for node in ("n2", "n3"):
+            world.hello(node, world.state.nodes[node].inventory)
+        bound_s = (limits.REPLACE_STOP_AFTER_MS + limits.REPLACE_MARGIN_MS) // 1000 + 15 + 10
+        world.pass_s(bound_s - 2, alive=("n2", "n3"))
+        assert world.replica().node == "n1"
+        world.pass_s(30, alive=("n2", "n3"))
+        assert world.replica().node == "n2"
 
     def test_nothing_is_replaced_while_frozen(self) -> None:
         """When most nodes vanish together, it is more likely us than them."""
