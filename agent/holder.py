@@ -26,14 +26,15 @@ from pathlib import Path
 import msgspec
 
 from agent import holder_protocol as protocol
-from agent.residency import MappedSet, available_bytes, pages_bytes, why_not_lock
+from agent.probe.host import memory_available_bytes
+from agent.residency import MappedSet, pages_bytes, why_not_lock
 from common import fsio, ids
 from common.errors import Cancelled, HerderError, Internal, MemoryFull, NotFound
 
 CONNECTIONS = 16
 REPORT_S = 0.25
 WATCH_S = 30.0
-FLOOR_BYTES = 256 << 20  # of available memory that is never taken
+FLOOR_BYTES = 256 << 20  # of available memory (also inside cgroup limits) that is never taken
 COPY_BYTES = 16 << 20
 
 
@@ -172,7 +173,7 @@ class Holder:
 
     def _check_room(self, need: int) -> None:
         used = self.used_bytes()
-        free = max(0, min(self.budget_bytes - used, available_bytes() - FLOOR_BYTES))
+        free = max(0, min(self.budget_bytes - used, memory_available_bytes() - FLOOR_BYTES))
         if need > free:
             raise MemoryFull(
                 f"{need} bytes are needed and {free} are free in the RAM tier",
@@ -400,6 +401,9 @@ def main() -> int:
     parser.add_argument("--budget", type=int, required=True, help="bytes of RAM that may be held")
     parser.add_argument("--tmpfs", type=Path, help="copy into this tmpfs instead of holding the files' own pages")
     options = parser.parse_args()
+    if options.tmpfs is not None and fsio.filesystem_name(options.tmpfs) != "tmpfs":
+        sys.stderr.write(f"{options.tmpfs} is not a tmpfs: its files would not be in RAM\n")
+        return 2
     listener = listen(options.socket)
     if listener is None:
         return 3

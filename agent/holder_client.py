@@ -26,7 +26,7 @@ STABLE_MS = 60_000
 
 
 class HolderClient:
-    """One connection at a time. `budget_bytes`: what a holder that is started here may hold."""
+    """One connection at a time. `budget_bytes`, `tmpfs`: what a holder that is started here may hold, and where."""
 
     def __init__(
         self,
@@ -34,6 +34,7 @@ class HolderClient:
         post: Callable[[ev.Event], None],
         *,
         budget_bytes: int,
+        tmpfs: str = "",
         rng: random.Random | None = None,
         command: tuple[str, ...] = (sys.executable, "-P", "-m", "agent.holder"),
     ) -> None:
@@ -50,6 +51,9 @@ class HolderClient:
         self._post = post
         self._rng = rng or random.Random()
         self._command = (*command, "--socket", str(socket_path), "--budget", str(budget_bytes))
+        self._mode = "tmpfs" if tmpfs else "cache"
+        if tmpfs:
+            self._command += ("--tmpfs", tmpfs)
         self._writer: asyncio.StreamWriter | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -91,6 +95,11 @@ class HolderClient:
             self.pid, self.budget_bytes, self.why_unlocked = hello.pid, hello.budget_bytes, hello.why_unlocked
             if hello.why_unlocked:
                 log.warning("the RAM tier cannot lock memory", extra=fields(why=hello.why_unlocked))
+            if hello.mode != self._mode:
+                log.warning(
+                    "the running holder keeps its mode until it is stopped",
+                    extra=fields(mode=hello.mode, configured=self._mode),
+                )
             writer.write(protocol.frame(protocol.List("list")))
             while (answer := await read_frame(reader, protocol.answers)) is not None:
                 if isinstance(answer, protocol.Moving):

@@ -20,7 +20,7 @@ from pathlib import Path
 from common.errors import Cancelled, HerderError, NotFound, SourceFailed
 
 WINDOW_BYTES = 64 << 20
-THREADS = 2  # measured best; more are slower on one device
+THREADS = 4  # each keeps a few MiB in flight; measured best, eight gain nothing
 PAGE_BYTES = mmap.PAGESIZE
 HUGE_BYTES = 2 << 20
 
@@ -190,15 +190,6 @@ def why_not_lock() -> str:
     if hard == resource.RLIM_INFINITY:
         return ""
     return f"RLIMIT_MEMLOCK is {hard} bytes and CAP_IPC_LOCK is missing"
-
-
-def available_bytes() -> int:
-    """MemAvailable: what can be had without swapping, page cache included."""
-    found = 1 << 62
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            found = int(line.split()[1]) * 1024
-    return found
 
 
 def _map(address: int, length: int, prot: int, flags: int, fd: int, offset: int) -> int:

@@ -377,9 +377,10 @@ class FetchJob:
                 actual=blob,
             )
         part.close()
-        row = publish.publish_blob(store.layout, part.directory / "data", blob, leaves, part.chunk_bytes)
-        store.catalogue.put_blob(msgspec.structs.replace(row, sha256=task.sha256))
-        store.discard_part(part.directory.name)
+        with store.changing:
+            row = publish.publish_blob(store.layout, part.directory / "data", blob, leaves, part.chunk_bytes)
+            store.catalogue.put_blob(msgspec.structs.replace(row, sha256=task.sha256))
+            store.discard_part(part.directory.name)
         del self._parts[task.path]
         return blob
 

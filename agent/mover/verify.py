@@ -6,6 +6,7 @@ knows its chunk list and which of its chunks are still good: the next fetch repa
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable
@@ -50,19 +51,35 @@ def hash_blob(
 def check_blob(
     store: DiskStore, row: Blob, cancelled: threading.Event, progress: Callable[[int], None] = lambda count: None
 ) -> bool:
-    """Hashes a blob; a good one is trusted again, a bad one is quarantined. Raises: Cancelled."""
-    try:
+    """Hashes a blob; a good one is trusted again, a bad one is quarantined. Raises: Cancelled.
+
+    The verdict is of the file that was hashed: one that a drop or a fetch has put in its place meanwhile is left alone.
+    """
+    before = _inode(store, row.blob)
+    leaves: bytes | None = None
+    with contextlib.suppress(OSError):  # unreadable sectors, or gone
         leaves = hash_blob(store, row, cancelled, progress)
-        if blob_id(store.layout.blob(row.blob).stat().st_size, leaves) == row.blob:
+    with store.changing:
+        now = _inode(store, row.blob)
+        if store.catalogue.blob(row.blob) is None:
+            return False
+        if now and now != before:
+            return True  # verified on its arrival
+        if now and leaves is not None and blob_id(store.layout.blob(row.blob).stat().st_size, leaves) == row.blob:
             store.catalogue.put_blob(publish.describe_blob(store.layout, row.blob, row.chunk_bytes, row.sha256))
             if not store.layout.leaves(row.blob).is_file():
                 fsio.make_directories(store.layout.leaves(row.blob).parent)
                 fsio.write_atomic(store.layout.leaves(row.blob), leaves, mode=0o444)
             return True
+        quarantine(store, row, leaves or b"")
+        return False
+
+
+def _inode(store: DiskStore, blob: str) -> int:
+    try:
+        return store.layout.blob(blob).stat().st_ino
     except OSError:
-        leaves = b""  # unreadable sectors, or gone
-    quarantine(store, row, leaves)
-    return False
+        return 0
 
 
 def quarantine(store: DiskStore, row: Blob, found: bytes) -> list[tuple[str, str]]:

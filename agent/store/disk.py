@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import threading
 from pathlib import Path
 
 from agent.metadata import inspect
@@ -45,6 +46,7 @@ class DiskStore:
         if write_mode == "auto":
             self.write_mode = "direct" if self.device.direct else "paced"
         self.is_stopping = False
+        self.changing = threading.RLock()  # held for the moments in which blobs and copies appear or vanish
         self.ledger = Ledger(
             root,
             self.catalogue,
@@ -110,6 +112,10 @@ class DiskStore:
     # copies
     def publish(self, model: str, revision: str, files: tuple[ManifestFile, ...], given: Manifest | None) -> Manifest:
         """Makes a copy of blobs that are all here. Raises: CopyNotFound when one vanished meanwhile."""
+        with self.changing:
+            return self._publish(model, revision, files, given)
+
+    def _publish(self, model: str, revision: str, files: tuple[ManifestFile, ...], given: Manifest | None) -> Manifest:
         staged = self.layout.parts / f"stage.{self.layout.instance}.{secrets.token_hex(8)}"
         try:
             publish.stage_copy(self.layout, [(file.path, file.blob) for file in files], staged)
@@ -128,12 +134,13 @@ class DiskStore:
 
     def drop(self, model: str, revision: str) -> int:
         """Takes a copy away at once and gives its bytes to the trash; returns them. Absent already: 0."""
-        manifest = self.catalogue.copy(model, revision)
-        if manifest is None:
-            manifest = publish.read_manifest(self.layout.model(model, revision))
-        publish.unpublish_copy(self.layout, model, revision, self.trash)
-        self.catalogue.remove_copy(model, revision)
-        return self.collect([file.blob for file in manifest.files]) if manifest is not None else 0
+        with self.changing:
+            manifest = self.catalogue.copy(model, revision)
+            if manifest is None:
+                manifest = publish.read_manifest(self.layout.model(model, revision))
+            publish.unpublish_copy(self.layout, model, revision, self.trash)
+            self.catalogue.remove_copy(model, revision)
+            return self.collect([file.blob for file in manifest.files]) if manifest is not None else 0
 
     def collect(self, blobs: list[str]) -> int:
         """Discards those of the blobs that no copy uses; returns their bytes.

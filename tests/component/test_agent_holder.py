@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from agent import holder_protocol as protocol
+from common import fsio
 from tests.doubles.hostile_http import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,3 +232,16 @@ def test_tmpfs_copy(tmp_path: Path, model: Path) -> None:
         program.stop()
     finally:
         place.rmdir()
+
+
+def test_tmpfs_must_be_one(tmp_path: Path) -> None:
+    """A directory on a disk is refused as the RAM tier's tmpfs, with a line that says why."""
+    if fsio.filesystem_name(tmp_path) == "tmpfs":
+        pytest.skip("temporary files are on a tmpfs here")
+    command = [sys.executable, "-P", "-m", "agent.holder", "--socket", str(tmp_path / "run" / "h.sock")]
+    command += ["--budget", str(MIB), "--tmpfs", str(tmp_path)]
+    ended = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=30
+    )
+    assert ended.returncode == 2
+    assert b"is not a tmpfs" in ended.stderr
