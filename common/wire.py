@@ -11,12 +11,16 @@ head  -> agent  welcome, refused, ack, command, result_ack, log_request
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from common.errors import ErrorInfo
 from common.manifest import Manifest
+
+BYTES_MAX = 1 << 60  # sums and ratios of what agents say stay numbers that can be computed with
+Int = Annotated[int, msgspec.Meta(ge=-BYTES_MAX, le=BYTES_MAX)]
+Digest = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
 class Envelope(msgspec.Struct, frozen=True):
@@ -34,10 +38,10 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 class Gpu(Message, frozen=True):
     """One GPU or MIG instance as NVML names it. Bytes are bytes; peers are indices linked by NVLink."""
 
-    index: int
+    index: Int
     uuid: str
     name: str
-    memory_bytes: int
+    memory_bytes: Int
     compute_capability: str = ""
     mig_mode: bool = False
     mig_parent: str = ""  # uuid of the parent GPU when this is a MIG instance
@@ -51,7 +55,7 @@ class Nic(Message, frozen=True):
 
     name: str
     addresses: tuple[str, ...] = ()
-    speed_mbps: int = -1
+    speed_mbps: Int = -1
 
 
 class Disk(Message, frozen=True):
@@ -59,8 +63,8 @@ class Disk(Message, frozen=True):
 
     path: str
     fs_type: str
-    total_bytes: int
-    free_bytes: int
+    total_bytes: Int
+    free_bytes: Int
     device: str = ""
 
 
@@ -73,12 +77,12 @@ class Inventory(Message, frozen=True):
     kernel: str = ""
     arch: str = ""
     cpu_model: str = ""
-    cpus: int = 0  # logical
-    cores: int = 0  # physical
-    numa_nodes: int = 1
-    memory_bytes: int = 0
-    dram_budget_bytes: int = 0  # what the RAM tier may lock
-    disk_budget_bytes: int = 0  # what the store may use in all
+    cpus: Int = 0  # logical
+    cores: Int = 0  # physical
+    numa_nodes: Int = 1
+    memory_bytes: Int = 0
+    dram_budget_bytes: Int = 0  # what the RAM tier may lock
+    disk_budget_bytes: Int = 0  # what the store may use in all
     disks: tuple[Disk, ...] = ()
     nics: tuple[Nic, ...] = ()
     gpus: tuple[Gpu, ...] = ()
@@ -91,15 +95,15 @@ class Inventory(Message, frozen=True):
 class GpuReading(Message, frozen=True):
     """Live readings of one GPU; None where the card or driver does not say."""
 
-    index: int
+    index: Int
     uuid: str
-    memory_used_bytes: int
-    memory_free_bytes: int
+    memory_used_bytes: Int
+    memory_free_bytes: Int
     utilisation: float | None = None  # 0..1
     memory_utilisation: float | None = None  # 0..1
     temperature_c: float | None = None
     power_w: float | None = None
-    ecc_uncorrected: int | None = None
+    ecc_uncorrected: Int | None = None
     is_lost: bool = False
 
 
@@ -107,11 +111,11 @@ class Telemetry(Message, frozen=True):
     """Latest readings of a node; the latest wins, any may be dropped."""
 
     cpu: float = 0.0  # 0..1 over all CPUs
-    memory_available_bytes: int = 0
-    disk_free_bytes: int = 0  # of the store's file system
-    disk_used_bytes: int = 0  # by the store
-    disk_reserved_bytes: int = 0
-    dram_used_bytes: int = 0  # by the RAM tier
+    memory_available_bytes: Int = 0
+    disk_free_bytes: Int = 0  # of the store's file system
+    disk_used_bytes: Int = 0  # by the store
+    disk_reserved_bytes: Int = 0
+    dram_used_bytes: Int = 0  # by the RAM tier
     gpus: tuple[GpuReading, ...] = ()
     load1: float = 0.0
 
@@ -120,19 +124,19 @@ class Telemetry(Message, frozen=True):
 class Hello(Message, frozen=True):
     """First frame of an agent. `cluster_id` is empty on the very first contact, then what it was told."""
 
-    proto_min: int
-    proto_max: int
+    proto_min: Int
+    proto_max: Int
     node_id: str
     boot_id: str
     agent_id: str  # fresh per agent process
     version: str
     inventory: Inventory
     cluster_id: str = ""
-    max_head_epoch: int = 0
+    max_head_epoch: Int = 0
     labels: dict[str, str] = {}
     advertise: str = ""  # address under which the head and other nodes reach this node
-    data_port: int = 0  # the mover's blob server
-    http_port: int = 0  # the agent's /metrics
+    data_port: Int = 0  # the mover's blob server
+    http_port: Int = 0  # the agent's /metrics
     launch_id: str = ""
     features: tuple[str, ...] = ()
 
@@ -140,13 +144,13 @@ class Hello(Message, frozen=True):
 class Welcome(Message, frozen=True):
     """The head's acceptance. `ticket_key` (base64) is this node's key for checking transfer tickets."""
 
-    proto: int
+    proto: Int
     cluster_id: str
-    head_epoch: int
+    head_epoch: Int
     session_id: str
-    lease_ms: int
-    interval_ms: int
-    respread_ms: int
+    lease_ms: Int
+    interval_ms: Int
+    respread_ms: Int
     ticket_key: str
 
 
@@ -154,7 +158,7 @@ class Refused(Message, frozen=True):
     """Sent before the head closes a session it will not have."""
 
     error: ErrorInfo
-    retry_after_ms: int = 0
+    retry_after_ms: Int = 0
 
 
 class CopyStatus(Message, frozen=True):
@@ -167,9 +171,9 @@ class CopyStatus(Message, frozen=True):
     revision: str
     storage: str  # "disk" | "dram" | "gpuN"
     state: str
-    generation: int = 0
-    bytes_done: int = 0
-    bytes_total: int = 0
+    generation: Int = 0
+    bytes_done: Int = 0
+    bytes_total: Int = 0
     digest: str = ""  # manifest digest, once known
     is_locked: bool = False  # dram: mlock held (else resident only)
     error: ErrorInfo | None = None
@@ -182,17 +186,17 @@ class ReplicaStatus(Message, frozen=True):
     """
 
     replica: str
-    generation: int
+    generation: Int
     state: str
     host: str = ""
-    port: int = 0
-    pid: int = 0
-    restarts: int = 0
-    exit_code: int | None = None
-    started_ms: int = 0
-    ready_ms: int = 0
-    memory_bytes: int = 0  # resident, of the process group
-    gpu_memory_bytes: int = 0  # by NVML, of the process group
+    port: Int = 0
+    pid: Int = 0
+    restarts: Int = 0
+    exit_code: Int | None = None
+    started_ms: Int = 0
+    ready_ms: Int = 0
+    memory_bytes: Int = 0  # resident, of the process group
+    gpu_memory_bytes: Int = 0  # by NVML, of the process group
     error: ErrorInfo | None = None
     last_log: tuple[str, ...] = ()  # last lines when it failed
 
@@ -201,34 +205,34 @@ class OpStatus(Message, frozen=True):
     """One command that the agent holds: state is running | done | failed | cancelled."""
 
     op_id: str
-    generation: int
+    generation: Int
     state: str
 
 
 class Report(Message, frozen=True):
     """Everything this agent holds; replaces what the head observed before."""
 
-    seq: int
+    seq: Int
     copies: tuple[CopyStatus, ...] = ()
     replicas: tuple[ReplicaStatus, ...] = ()
     ops: tuple[OpStatus, ...] = ()
-    digest: int = 0  # as the leases carry it while nothing changes; 0: not said
+    digest: Digest = 0  # as the leases carry it while nothing changes; 0: not said
 
 
 class Lease(Message, frozen=True):
     """The heartbeat. The agent counts its lease from `sent_boottime_ms`, so its view always ends first."""
 
-    seq: int
-    sent_boottime_ms: int
-    digest: int = 0  # of the report; a difference from the last full report asks for a new one
+    seq: Int
+    sent_boottime_ms: Int
+    digest: Digest = 0  # of the report; a difference from the last full report asks for a new one
 
 
 class Ack(Message, frozen=True):
     """Answer to a lease."""
 
-    seq: int
-    lease_ms: int
-    interval_ms: int
+    seq: Int
+    lease_ms: Int
+    interval_ms: Int
     wants_report: bool = False
 
 
@@ -236,10 +240,10 @@ class Progress(Message, frozen=True):
     """How far a command is. rate 0 when it is not known yet."""
 
     op_id: str
-    generation: int
+    generation: Int
     state: str
-    bytes_done: int = 0
-    bytes_total: int = 0
+    bytes_done: Int = 0
+    bytes_total: Int = 0
     rate_bytes_per_s: float = 0.0
     source: str = ""
 
@@ -248,7 +252,7 @@ class Result(Message, frozen=True):
     """How a command ended: outcome is ok | failed | cancelled. Kept by the agent until `result_ack`."""
 
     op_id: str
-    generation: int
+    generation: Int
     outcome: str
     error: ErrorInfo | None = None
     manifest: Manifest | None = None
@@ -259,14 +263,14 @@ class ResultAck(Message, frozen=True):
     """The head has made the result durable; the agent may forget it."""
 
     op_id: str
-    generation: int
+    generation: Int
 
 
 class Leaving(Message, frozen=True):
     """The agent's allocation or machine is about to end."""
 
     reason: str
-    deadline_ms: int  # from now
+    deadline_ms: Int  # from now
 
 
 class LogRequest(Message, frozen=True):
@@ -274,9 +278,9 @@ class LogRequest(Message, frozen=True):
 
     request_id: str
     replica: str
-    run: int = 0
-    offset: int = -1
-    tail_lines: int = 100
+    run: Int = 0
+    offset: Int = -1
+    tail_lines: Int = 100
     follow: bool = False
     is_cancelled: bool = False
 
@@ -285,7 +289,7 @@ class LogChunk(Message, frozen=True):
     """A piece of a log; `is_last` ends the answer. `data` is UTF-8 with replacement."""
 
     request_id: str
-    offset: int  # of the byte after this chunk
+    offset: Int  # of the byte after this chunk
     data: str
     is_last: bool = False
     error: ErrorInfo | None = None
@@ -333,7 +337,7 @@ class HealthSpec(Message, frozen=True):
     timeout_s: float = 5.0
     period_s: float = 5.0
     ready_timeout_s: float = 900.0
-    failures: int = 3  # in a row before a replica is unhealthy
+    failures: Int = 3  # in a row before a replica is unhealthy
     canary: dict[str, Any] = {}  # JSON body of a one-token request; empty: none
     canary_path: str = ""
 
@@ -353,14 +357,14 @@ class EnsureReplica(CommandBody, tag="ensure_replica", frozen=True):
     runtime: str  # "llamacpp" | "command"
     argv: tuple[str, ...] = ()
     env: dict[str, str] = {}
-    port: int = 0  # 0: the agent chooses
+    port: Int = 0  # 0: the agent chooses
     gpu_uuids: tuple[str, ...] = ()
     health: HealthSpec = HealthSpec()
     served_name: str = ""
     api_key: str = ""  # the engine's own key; travels only here, stands in a 0600 file at the agent
-    max_restarts: int = 10
+    max_restarts: Int = 10
     stop_grace_s: float = 10.0
-    stop_after_ms: int = 0  # without a head for so long: stop by itself; 0: never
+    stop_after_ms: Int = 0  # without a head for so long: stop by itself; 0: never
     config: dict[str, Any] = {}
 
 
@@ -383,7 +387,7 @@ class CancelOp(CommandBody, tag="cancel_op", frozen=True):
     """Stop working on another command; its result will be `cancelled` unless it had ended."""
 
     target_op_id: str
-    target_generation: int
+    target_generation: Int
 
 
 AnyCommand = EnsureCopy | DropCopy | EnsureReplica | StopReplica | CheckHealth | CancelOp
@@ -393,11 +397,11 @@ class Command(Message, frozen=True):
     """One command. (op_id, generation) names it; repeated until reported. deadline 0: none."""
 
     op_id: str
-    generation: int
-    head_epoch: int
+    generation: Int
+    head_epoch: Int
     cause: str
     body: AnyCommand
-    deadline_ms: int = 0  # from arrival
+    deadline_ms: Int = 0  # from arrival
 
 
 KINDS: dict[type[Message], str] = {

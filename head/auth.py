@@ -48,6 +48,12 @@ class Principal(msgspec.Struct, frozen=True):
             raise Forbidden(f"this needs the role {role}; the key {self.key_id} has {self.role}", hint=_HINT)
 
 
+def is_good(state: State, key_id: str, now_ms: int) -> bool:
+    """Whether a key that opened something still may keep it open."""
+    key = state.keys.get(key_id)
+    return key is not None and not key.is_revoked and not 0 < key.expires_ms <= now_ms
+
+
 def new_token(role: str, key_id: str, secret: str) -> tuple[str, str]:
     """The token's text, shown once, and the hash of its secret, which is what is kept."""
     return f"hdr_{role}_{key_id}_{secret}", hash_secret(secret)

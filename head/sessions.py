@@ -31,7 +31,8 @@ from common.errors import (
     Unavailable,
 )
 from common.telemetry import fields
-from head.auth import authenticate
+from head import frames
+from head.auth import authenticate, is_good
 from head.context import IdSource
 from head.core import events as ev
 from head.driver import Driver
@@ -201,7 +202,7 @@ class Sessions:
         await ws.prepare(request)
         self._waiting += 1
         try:
-            hello = await self._hello(ws)
+            hello = await self._hello(ws, request.remote or "")
         except HerderError as error:
             await self._refuse(ws, error, request.remote)
             return ws
@@ -212,7 +213,7 @@ class Sessions:
             await self._serve(ws, session, ev.AgentSaidHello(session.id, hello, request.remote or ""))
         return ws
 
-    async def _hello(self, ws: web.WebSocketResponse) -> wire.Hello:
+    async def _hello(self, ws: web.WebSocketResponse, peer: str) -> wire.Hello:
         """The first frame. Raises: HerderError."""
         try:
             frame = await ws.receive(timeout=limits.HELLO_TIMEOUT_S)
@@ -230,6 +231,7 @@ class Sessions:
             raise InvalidRequest("the first frame must be hello")
         ids.check_node_id(hello.node_id)
         ids.check_labels(hello.labels)
+        frames.check_hello(hello, peer)
         self.counts["in hello"] += 1
         return hello
 
@@ -275,11 +277,17 @@ class Sessions:
                 continue
             counts[_IN[type(message)]] += 1
             builder = BUILDERS.get(type(message))
+            if not self._is_key_good(session.key_id):
+                self._end(session, Unauthenticated("the key of this agent was revoked or has expired"))
+                continue
+            try:
+                message = frames.tame(message)
+            except InvalidRequest as error:
+                counts["bad"] += 1
+                self._end(session, error)
+                continue
             if builder is None:
                 self._take_other(session, message)
-                continue
-            if type(message) is wire.Lease and not self._is_key_good(session.key_id):
-                self._end(session, Unauthenticated("the key of this agent was revoked or has expired"))
                 continue
             if driver.queue_depth >= limits.JOURNAL_QUEUE_EVENTS:
                 await driver.room()
@@ -297,8 +305,7 @@ class Sessions:
         self.close_session(session.id, error.info())
 
     def _is_key_good(self, key_id: str) -> bool:
-        key = self._driver.state.keys.get(key_id)
-        return key is not None and not key.is_revoked and not 0 < key.expires_ms <= self._clock.now_ms()
+        return is_good(self._driver.state, key_id, self._clock.now_ms())
 
 
 _IN = {cls: f"in {kind}" for cls, kind in wire.KINDS.items()}

@@ -76,9 +76,8 @@ def routes(state: State, model_name: str) -> list[Route]:
 
 
 def _route(state: State, replica: Replica) -> Route:
-    host = replica.host
-    if host in _ANYWHERE:
-        host = state.nodes[replica.node].advertise or "127.0.0.1"
+    # Requests carry prompts and the engine's key: they go to the node that we know, wherever a report points.
+    host = state.nodes[replica.node].advertise or ("127.0.0.1" if replica.host in _ANYWHERE else replica.host)
     return Route(
         replica=replica.id,
         generation=replica.generation,
