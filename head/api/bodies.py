@@ -19,6 +19,7 @@ from aiohttp import web
 
 from common import limits
 from common.errors import BodyTooLarge, InvalidRequest, InvalidValue, TimedOut, UnsupportedMediaType
+from common.nesting import is_deeper
 
 YAML_TYPES = frozenset({"application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml"})
 _AT = re.compile(r" - at `([^`]+)`$")
@@ -98,14 +99,22 @@ async def decode_body(body: bytes, cls: type[msgspec.Struct], *, content_type: s
     try:
         if content_type in YAML_TYPES:
             document = await asyncio.get_running_loop().run_in_executor(_yaml_threads, parse_yaml, body)
-            return msgspec.convert(document, cls)
-        return msgspec.json.decode(body, type=cls)
+            return _checked(msgspec.convert(document, cls))
+        made = msgspec.json.decode(body, type=cls)
+        # depth needs brackets: most bodies are known to be shallow without a look inside
+        return _checked(made) if body.count(b"{") + body.count(b"[") > limits.NESTING else made
     except msgspec.ValidationError as error:
         raise invalid_value(error, cls) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
+
+
+def _checked(made: msgspec.Struct) -> msgspec.Struct:
+    if is_deeper(made, limits.NESTING):
+        raise InvalidRequest(f"the body is nested too deeply; at most {limits.NESTING} levels")
+    return made
 
 
 def decode_query(pairs: list[tuple[str, str]], cls: type[msgspec.Struct]) -> msgspec.Struct:

@@ -17,6 +17,7 @@ from aiohttp import web
 
 from common import limits
 from common.errors import HerderError, InvalidValue, NotFound
+from head import auth
 from head.api import pages
 from head.api.audit import AuditLog
 from head.api.routes import ListQuery, Route
@@ -176,6 +177,11 @@ class Call:
         return digest.hexdigest()
 
     # answering
+    @property
+    def is_welcome(self) -> bool:
+        """Whether the key that asked still opens doors; streams look again before each piece."""
+        return auth.is_good(self.state, self.principal.key_id, self.now_ms)
+
     @property
     def is_cut(self) -> bool:
         """Whether the connection is gone."""

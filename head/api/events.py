@@ -134,9 +134,13 @@ async def _pump(
             async with asyncio.timeout(limits.KEEP_ALIVE_S):
                 event = await anext(subscription)
         except TimeoutError:
+            if not call.is_welcome:
+                return
             await idle()
             continue
         except StopAsyncIteration:
+            return
+        if not call.is_welcome:  # revoked or expired since: what follows is not for this reader
             return
         if event.id > last_id and event in wanted:
             await send(event)

@@ -41,6 +41,8 @@ async def logs(call: Call) -> web.StreamResponse:
             if first is not None:
                 await _write(response, first.data)
             async for chunk in chunks:
+                if not call.is_welcome:  # revoked or expired since
+                    break
                 await _write(response, chunk.data)
         except HerderError as error:
             await _write(response, f"\n[herder: the log ends here: {error.message}]\n")

@@ -274,3 +274,18 @@ def test_too_many_readers_are_refused(tmp_path: Path) -> None:
             assert answer.headers["Retry-After"] == "1"
 
     run(body)
+
+
+def test_a_revoked_reader_hears_nothing_more(tmp_path: Path) -> None:
+    """A stream that was opened with a good key ends at the next event once that key is revoked."""
+
+    async def body() -> None:
+        async with api_head(tmp_path) as head, sse(head) as frames:
+            await head.put(a_model("before"))
+            assert await _keys(frames, 1) == ["before"]
+            key = head.state.keys["key-viewer"]
+            await head.put(msgspec.structs.replace(key, revoked_ms=1, is_revoked=True))
+            await head.put(a_model("after"))
+            assert [frame async for frame in frames] == []
+
+    run(body)

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from common import limits
 from common.errors import InvalidRequest, InvalidValue
-from head.api.bodies import decode_query, parse_yaml
+from head.api.bodies import decode_body, decode_query, parse_yaml
 from head.api.call import near
 from head.api.middleware import Throttle
 from head.api.models import ModelsQuery
 from head.api.routes import WaitQuery
+from herder import types as api
 
 
 @given(st.binary(max_size=300))
@@ -104,3 +105,11 @@ def test_the_throttle_forgives_after_a_minute_and_forgets_the_oldest() -> None:
     assert len(throttle._seen) == limits.AUTH_ADDRESSES
     assert throttle.failed(None) == 0
     assert throttle.failed("unix") == 0
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "application/yaml"])
+async def test_what_is_nested_too_deeply_is_not_kept(content_type: str) -> None:
+    """Data one stack can just decode, another may not be able to encode: one model broke the list for everybody."""
+    deep = b'{"name":"a","type":"llm","sources":["http://h/x"],"metadata":' + b'{"a":' * 200 + b"1" + b"}" * 201
+    with pytest.raises(InvalidRequest, match="too deeply"):
+        await decode_body(deep, api.RegisterModel, content_type=content_type)
