@@ -13,6 +13,7 @@ import logging
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from common import limits
 from common.clock import boottime_ms
@@ -25,6 +26,41 @@ log = logging.getLogger(__name__)
 LISTEN_BACKLOG = 4_096
 HANDLERS_END_S = 5.0
 SWEEP_S = 5.0
+MALFORMED_EVERY_MS = 60_000
+
+
+class _Malformed(logging.Filter):
+    """Bytes that are no HTTP: counted, and one line a minute, without the bytes, which may hold a token.
+
+    aiohttp would write an error with a traceback for each, and so let anybody fill the head's log.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._count = 0
+        self._told_ms = -MALFORMED_EVERY_MS
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, HttpProcessingError):
+            return True
+        self._count += 1
+        now_ms = boottime_ms()
+        if now_ms - self._told_ms < MALFORMED_EVERY_MS:
+            return False
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.msg, record.args, record.exc_info = "requests that are not HTTP were refused", (), None
+        record.fields = {"requests": self._count, "kind": type(error).__name__}
+        self._told_ms, self._count = now_ms, 0
+        return True
+
+
+def _http_log() -> logging.Logger:
+    """A logger of this door's own for aiohttp's server."""
+    logger = logging.Logger("head.http", logging.WARNING)
+    logger.parent = logging.getLogger()
+    logger.addFilter(_Malformed())
+    return logger
 
 
 class Door:
@@ -38,6 +74,7 @@ class Door:
         self._runner = web.AppRunner(
             app,
             handle_signals=False,
+            logger=_http_log(),
             access_log=None,
             keepalive_timeout=limits.HEADER_READ_S,
             lingering_time=limits.LINGER_S,

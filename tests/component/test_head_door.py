@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 
 import pytest
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from common import limits
 from common.errors import HerderError, InvalidConfig, PortTaken
+from head import door
 from head.config import HeadConfig
 from head.door import Door
 from tests.doubles.head_shell import until
@@ -89,3 +92,23 @@ async def test_shut_lets_the_open_ones_finish() -> None:
     writer.close()
     await writer.wait_closed()
     await door.close()
+
+
+def test_bytes_that_are_no_http_fill_no_log() -> None:
+    """One line a minute for malformed requests, with their number and without their bytes, which may hold a token."""
+    lines: list[logging.LogRecord] = []
+    logger = door._http_log()
+    logger.parent = None
+    handler = logging.Handler()
+    handler.emit = lines.append  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    for _ in range(50):
+        try:
+            raise BadHttpMessage("Authorization : Bearer hdr_admin_secret")
+        except BadHttpMessage as error:
+            logger.exception("Error handling request from %s", "1.2.3.4", exc_info=error)
+    assert [(line.levelname, line.getMessage(), line.exc_info) for line in lines] == [
+        ("WARNING", "requests that are not HTTP were refused", None)
+    ]
+    logger.error("something else")
+    assert lines[-1].getMessage() == "something else"
