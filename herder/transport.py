@@ -264,7 +264,7 @@ def _api_error(response: aiohttp.ClientResponse, raw: bytes) -> HerderApiError:
         code, message = f"http_{response.status}", f"{response.status} {response.reason or ''}".strip()
         hint = "this answer did not come from a head; is the address right?"
     after = response.headers.get("Retry-After", "")
-    if after.isascii() and after.isdigit():
+    if after.isascii() and after.isdigit() and len(after) < 10:
         details.setdefault("retry_after_s", int(after))
     return HerderApiError(code, message, hint=hint, status=response.status, details=details)
 

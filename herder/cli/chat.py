@@ -99,7 +99,7 @@ def _ask(
         usage = chunk.usage or usage
         finish = chunk.finish_reason or finish
         if options.output == "table" and chunk.text:
-            click.echo(chunk.text, nl=False)
+            output.stream(chunk.text)
     answer = "".join(pieces)
     ended = time.monotonic()
     if options.output == "table":

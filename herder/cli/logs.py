@@ -29,7 +29,7 @@ def command(options: Globals, name: str, follow: bool, tail: int, previous: bool
         is_line_open = False
         try:
             for piece in client.logs(replica, follow=follow, tail=tail, run=int(previous)):
-                click.echo(piece, nl=False)
+                output.stream(piece)
                 is_line_open = not piece.endswith("\n")
         except KeyboardInterrupt:
             if not follow:

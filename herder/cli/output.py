@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from herder.cli.table import Column, render
+from herder.cli.table import Column, render, safe
 from herder.errors import HerderApiError, HerderConnectionError, HerderError, HerderTimeoutError
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def emit(options: Globals, value: Any, table: str | None = None, *, quiet: str |
     if options.output == "json":
         import msgspec
 
-        click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+        text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
+        click.echo(_escaped(text) if sys.stdout.isatty() else text)
     elif options.output == "yaml":
         click.echo(to_yaml(value), nl=False)
     elif options.is_quiet and quiet is not None:
@@ -57,6 +58,19 @@ def emit(options: Globals, value: Any, table: str | None = None, *, quiet: str |
             click.echo(quiet)
     elif table is not None:
         click.echo(table)
+
+
+def _escaped(text: str) -> str:
+    """JSON whose strings cannot drive a terminal: the same document."""
+    if text.replace("\n", "").isprintable():
+        return text
+    kept = (c if c.isprintable() or c == "\n" else "".join(f"\\u{unit:04x}" for unit in _utf16(c)) for c in text)
+    return "".join(kept)
+
+
+def _utf16(char: str) -> list[int]:
+    data = char.encode("utf-16-be", "surrogatepass")
+    return [int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data), 2)]
 
 
 def to_yaml(value: Any) -> str:
@@ -67,10 +81,15 @@ def to_yaml(value: Any) -> str:
     return yaml.safe_dump(msgspec.to_builtins(value), sort_keys=False, allow_unicode=True, width=100)
 
 
+def stream(piece: str) -> None:
+    """A piece of what others wrote (an engine, a model): as it is for a pipe, harmless for a terminal."""
+    click.echo(safe(piece) if sys.stdout.isatty() else piece, nl=False)
+
+
 def note(options: Globals, text: str) -> None:
     """A line for people on stderr; -q keeps it back."""
     if not options.is_quiet:
-        click.echo(text, err=True)
+        click.echo(safe(text), err=True)
 
 
 def has_colour(options: Globals, stream: Any = None) -> bool:
@@ -124,7 +143,7 @@ def fields(options: Globals, pairs: Sequence[tuple[str, str]]) -> str:
     lines = []
     for name, value in shown:
         is_state = is_coloured and name in ("state", "status")
-        text = "\n".join(value.splitlines())
+        text = safe("\n".join(value.splitlines()))
         lines.append(f"{name.ljust(longest)}  {paint_state(text) if is_state else text}")
     return "\n".join(lines)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 GAP = 2
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_HARMLESS = "\n\t\u200c\u200d"  # and the joiners of scripts and emoji
 Paint = Callable[[str], str]
 
 
@@ -36,6 +39,14 @@ def width_of(text: str) -> int:
 def clean(text: str) -> str:
     """The text on one line, without control characters that could drive the terminal."""
     return "".join(char if char.isprintable() else " " for char in text)
+
+
+def safe(text: str) -> str:
+    """What an engine or a model wrote, for a terminal: its lines and tabs, nothing that could drive the terminal."""
+    plain = _COLOURS.sub("", text).replace("\r", "")
+    if plain.isprintable():
+        return plain
+    return "".join(char if char.isprintable() or char in _HARMLESS else "\ufffd" for char in plain)
 
 
 def cut(text: str, width: int) -> str:
