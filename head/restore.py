@@ -62,6 +62,8 @@ def restore(backup: Path, state_dir: Path, *, is_forced: bool = False, allow_net
             meta, revision = _jump(part)
             kept = _set_aside(target)
             publish(part, target)
+        except (sqlite3.Error, msgspec.MsgspecError, KeyError, TypeError) as error:
+            raise StateCorrupt(f"{backup} is not a backup of a head: {error}") from None
         except OSError as error:
             raise InvalidConfig(f"{backup} could not be restored: {error}", hint="is there space for it?") from None
         finally:
