@@ -375,8 +375,12 @@ class Cluster:
 
 @contextmanager
 def stream_of(base_url: str, model: str, words: int, *, token: str = "") -> Iterator[Iterator[str]]:
-    """A streamed chat with whatever speaks OpenAI's HTTP at an address; yields the pieces of text."""
-    body = {"model": model, "stream": True, "max_tokens": words, "messages": [{"role": "user", "content": "Hello"}]}
+    """A streamed chat with whatever speaks OpenAI's HTTP at an address; yields the pieces of text.
+
+    `ignore_eos` makes llama-server go on to `max_tokens`: how long the stream is must not be the model's choice.
+    """
+    body: dict[str, object] = {"model": model, "stream": True, "max_tokens": words, "ignore_eos": True}
+    body["messages"] = [{"role": "user", "content": "Hello"}]
     request = urllib.request.Request(
         f"{base_url}/v1/chat/completions",
         data=json.dumps(body).encode(),
