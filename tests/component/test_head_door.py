@@ -100,7 +100,7 @@ def test_bytes_that_are_no_http_fill_no_log() -> None:
     logger = door._http_log()
     logger.parent = None
     handler = logging.Handler()
-    handler.emit = lines.append  # type: ignore[method-assign]
+    handler.emit = lines.append  # type: ignore[method-assign,assignment]
     logger.addHandler(handler)
     for _ in range(50):
         try:
