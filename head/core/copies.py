@@ -104,6 +104,7 @@ def want(turn: Turn, model: str, revision: str, device: str, *, cause: str, sour
         cause=cause,
         created_ms=turn.now_ms,
         bytes=size,
+        pins=existing.pins if existing is not None else (),  # of one that failed; one that shall be gone has none
         source=_checked_source(state, place, source),
     )
     room = eviction.plan_room(state, place, size, turn.now_ms, key=key)

@@ -31,6 +31,31 @@ def test_one_kind_of_fault(profile: str, seed: int) -> None:
     assert cluster.summary()["copies"], "the run must have done something"
 
 
+@pytest.mark.parametrize("profile", ["room", "engines", "heads", "silence", "wild"])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_every_kind_of_request(profile: str, seed: int) -> None:
+    """Small disks, bad engines, restored and old heads, long silence: whoever asked for what, it comes to rest."""
+    cluster = run(seed, profile, requests=120)
+    assert cluster.head.state.services, "the run must have done something"
+
+
+FOUND = {
+    ("silence", 112): "an order to a stray engine had the number of the next placement, which its agent then ignored",
+    (
+        "wild",
+        146,
+    ): "a copy that was found on a disk and not verified yet was deleted, the last of a model without source",
+    ("wild", 327): "a late result made an engine ready again that a report had told was failed, for ever",
+    ("wild", 534): "a failed copy that was wanted again lost its pins",
+}
+
+
+@pytest.mark.parametrize(("profile", "seed"), FOUND)
+def test_seeds_that_found_something(profile: str, seed: int) -> None:
+    """Each once failed for the reason that FOUND says."""
+    run(seed, profile, requests=120)
+
+
 def test_same_seed_same_run() -> None:
     """A run is replayed to the last record from its seed."""
     assert run(3, "everything").world.trace == run(3, "everything").world.trace

@@ -726,6 +726,16 @@ class TestDrop:
         drop(world, DISK, force=True)
         assert world.state.copies[DISK].desired == "absent"
 
+    def test_a_failed_copy_that_is_wanted_again_keeps_its_pins(self) -> None:
+        """Who pinned it has not unpinned it."""
+        world = make()
+        world.want("m", "n1:disk")
+        world.request(PinRequested, body=api.Pin("m", "n1:disk", name="mine"))
+        world.result(DISK, "failed", error=error("digest_mismatch"))
+        assert world.state.copies[DISK].state == "failed"
+        world.want("m", "n1:disk")
+        assert [pin.name for pin in world.state.copies[DISK].pins] == ["mine"]
+
     def test_the_last_copy_without_a_source_needs_force(self) -> None:
         """A copy on a node that cannot be reached does not count as another."""
         world = World()

@@ -172,7 +172,7 @@ class TestReports:
     """Agents' words become states."""
 
     def test_ready_is_ready_where_it_listens(self) -> None:
-        """A ready engine gets requests at its node's own address, whatever host a report names, and at the port it said."""
+        """A ready engine gets requests at its node's own address, whatever a report names, at the port it said."""
         world = world_with("n1")
         world.serve()
         world.ready()
@@ -497,7 +497,7 @@ class TestNodes:
         assert stop.generation > command.generation
 
     def test_a_clock_that_jumps_at_a_start_of_the_head_replaces_nothing_early(self) -> None:
-        """The wall clock was an hour behind when the head died: the agent's own time to stop has not passed for that."""
+        """The wall clock was an hour behind before: the agent's own time to stop has not passed for that."""
         world = world_with("n1", "n2", "n3")
         world.serve(on_unreachable="replace")
         world.ready()
