@@ -133,6 +133,8 @@ def _observe(turn: Turn, copy: Copy, status: wire.CopyStatus | None, op: wire.Op
         if status.generation == copy.generation and copy.state != "failed":
             lacks_reason = Internal("the node says that the copy failed, and not why").info()
             end_badly(turn, copy, status.error or lacks_reason)
+        elif copy.state in ("ready", "asleep"):
+            lose(turn, copy, "the node does not have it: what it was ordered before has failed")
         else:
             _order_again(turn, copy, status)
     elif status.state in IN_FLIGHT and status.generation == copy.generation:

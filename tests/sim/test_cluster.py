@@ -46,6 +46,7 @@ FOUND = {
         146,
     ): "a copy that was found on a disk and not verified yet was deleted, the last of a model without source",
     ("wild", 327): "a late result made an engine ready again that a report had told was failed, for ever",
+    ("wild", 524): "a copy stayed ready that its node reported as failed under an older order (two machines, one id)",
     ("wild", 534): "a failed copy that was wanted again lost its pins",
 }
 
