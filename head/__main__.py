@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,9 @@ def _serve(settings: HeadConfig, *, needs_new_admin: bool) -> int:
     async def run() -> int:
         return await Daemon(settings, needs_new_admin=needs_new_admin).run()
 
+    # Each agent and each client is a descriptor; the soft limit of a login shell (1,024) is for programs without many.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())
 

@@ -124,7 +124,7 @@ class Daemon:
         keys = " ".join(f"{role}:{bootstrap.valid_keys(state, role, now_ms)}" for role in roles)
         return (
             f"herder-head {self.context.version} at {self.url}, open to {reach}, {wire}; "
-            f"without a token only {'/healthz and /metrics' if settings.metrics_open else '/healthz'} answer; "
+            f"without a token only /healthz, /docs{' and /metrics' if settings.metrics_open else ''} answer; "
             f"keys {keys}; gateway {'on' if settings.gateway.enabled else 'off'}; state in {settings.state_path}; "
             f"cluster {state.cluster_id} epoch {state.head_epoch}, "
             f"{len(state.nodes)} nodes, {len(state.models)} models, {len(state.jobs)} jobs"
