@@ -201,7 +201,7 @@ def measure(bench: Bench, states: list[str], rounds: int, *, has_tools: bool) ->
             probe.unlink()
         figures.limits["copy"] += [min(both)] if both else []
         for state in states:
-            figures.rows.setdefault(("herder movers", state), []).append(bench.ours(state))
+            figures.rows.setdefault(("our movers", state), []).append(bench.ours(state))
             for name, run in others.items() if number == 0 else ():
                 figures.rows.setdefault((name, state), []).append(run(state))
     return figures

@@ -310,7 +310,7 @@ class TestMoves:
         world.ready(replica.id, port=8080)
         assert world.the_job(job).state == "completed"
         assert world.state.services[name].port == 8080
-        assert world.the_step(job, 2).result["endpoint"] == "10.0.0.1:8080"
+        assert world.the_step(job, 2).result["endpoint"] == "n1.local:8080"
         assert "m@main|n1:disk" in world.state.copies
         again = world.job({"action": "serve", "model": "m", "device": "n1:gpu0", "port": 8080})
         assert world.the_job(again).state == "completed"
