@@ -11,9 +11,12 @@ head  -> agent  welcome, refused, ack, command, result_ack, log_request
 
 from __future__ import annotations
 
+from functools import lru_cache
+from sys import intern
 from typing import Annotated, Any
 
 import msgspec
+from msgspec.structs import force_setattr
 
 from common.errors import ErrorInfo
 from common.manifest import Manifest
@@ -48,6 +51,18 @@ class Gpu(Message, frozen=True):
     nvlink_peers: tuple[int, ...] = ()
     pci_bus_id: str = ""
     power_limit_w: float | None = None
+
+    def __post_init__(self) -> None:
+        """80,000 GPUs of a few kinds: what they have in common is kept once."""
+        force_setattr(self, "name", intern(self.name))
+        force_setattr(self, "compute_capability", intern(self.compute_capability))
+        force_setattr(self, "nvlink_peers", _shared(self.nvlink_peers))
+
+
+@lru_cache(maxsize=1_024)
+def _shared(indices: tuple[int, ...]) -> tuple[int, ...]:
+    """The same tuple for equal ones."""
+    return indices
 
 
 class Nic(Message, frozen=True):
@@ -90,6 +105,11 @@ class Inventory(Message, frozen=True):
     driver_version: str = ""
     cuda_version: str = ""
     engines: dict[str, str] = {}  # runtime name -> version or path, of those found on this node
+
+    def __post_init__(self) -> None:
+        """As with GPUs: machines of one kind share their words."""
+        for name in ("os", "kernel", "arch", "cpu_model", "driver_version", "cuda_version"):
+            force_setattr(self, name, intern(getattr(self, name)))
 
 
 class GpuReading(Message, frozen=True):
