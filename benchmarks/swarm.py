@@ -80,15 +80,10 @@ async def one_agent(
     while not stop.is_set():
         try:
             async with session.ws_connect(url, compress=0, max_msg_size=limits.FRAME_BYTES) as socket:
-                tally.connected += 1
-                try:
-                    max_epoch, respread_ms = await live(socket, index, agent_id, max_epoch, tally, stop, rng)
-                finally:
-                    tally.connected -= 1
+                max_epoch, respread_ms = await live(socket, index, agent_id, max_epoch, tally, stop, rng)
         except (aiohttp.ClientError, OSError, TimeoutError):
             tally.refused += 1
         if not stop.is_set():
-            tally.closed += 1
             await asyncio.sleep(rng.uniform(0.05, max(0.5, respread_ms / 1000)))
 
 
@@ -121,14 +116,15 @@ async def live(
         tally.refused += 1
         return max_epoch, 1000
     tally.welcomes += 1
+    tally.connected += 1
     tally.last_welcome = time.monotonic()
-    await socket.send_str(wire.encode(wire.Report(1)).decode())
     sent: dict[int, float] = {}
     reader = asyncio.ensure_future(read(socket, tally, sent))
     interval_s = welcome.interval_ms / 1000
     seq = 1
-    await asyncio.sleep(rng.uniform(0, interval_s))
     try:
+        await socket.send_str(wire.encode(wire.Report(1)).decode())
+        await asyncio.wait({reader}, timeout=rng.uniform(0, interval_s))
         while not stop.is_set() and not reader.done():
             seq += 1
             tally.leases += 1
@@ -138,6 +134,8 @@ async def live(
             await asyncio.wait({reader}, timeout=interval_s * rng.uniform(0.95, 1.05))
     finally:
         reader.cancel()
+        tally.connected -= 1
+        tally.closed += not stop.is_set()
     return welcome.head_epoch, welcome.respread_ms
 
 
@@ -171,7 +169,7 @@ async def main() -> None:
     parser.add_argument("--token-file", type=lambda name: Path(name).read_text().strip(), dest="token", required=True)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--connect-rate", type=int, default=800, help="new sessions a second at the start")
+    parser.add_argument("--connect-rate", type=int, default=400, help="new sessions a second at the start")
     options = parser.parse_args()
     token = options.token
     rng = random.Random(options.first)

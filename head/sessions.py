@@ -237,7 +237,9 @@ class Sessions:
 
     async def _refuse(self, ws: web.WebSocketResponse, error: HerderError, peer: str | None) -> None:
         self.counts[f"refused_{error.code}"] += 1
-        log.warning("agent refused", extra=fields(peer=peer, code=error.code, why=error.message))
+        # thousands are told to come back in a crowd: those are counted, not logged
+        level = logging.DEBUG if isinstance(error, TooMany) else logging.WARNING
+        log.log(level, "agent refused", extra=fields(peer=peer, code=error.code, why=error.message))
         retry_after_ms = self._ids.uniform(*RETRY_AFTER_MS) if error.is_retryable else 0
         code = WSCloseCode.TRY_AGAIN_LATER if error.is_retryable else WSCloseCode.POLICY_VIOLATION
         try:
