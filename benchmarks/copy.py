@@ -135,7 +135,8 @@ def tools(bench: Bench) -> dict[str, Callable[[str], tuple[float, float]]]:
             user = "user root; " if os.geteuid() == 0 else ""
             conf.write_text(
                 f"{user}daemon off; pid {bench.place}/nginx.pid; error_log stderr; events {{}}\n"
-                f"http {{ access_log off; sendfile on; server {{ listen 127.0.0.1:{PORT}; root {source.parent}; }} }}\n"
+                f"http {{ access_log off; sendfile on; send_timeout 600s;"
+                f" server {{ listen 127.0.0.1:{PORT}; root {source.parent}; }} }}\n"
             )
             http = ["nginx", "-c", str(conf)]
         fetch = ["curl", "--noproxy", "*", "-sf", "-o", copied, f"http://127.0.0.1:{PORT}/m.bin"]
