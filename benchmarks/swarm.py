@@ -19,6 +19,7 @@ import msgspec
 import uvloop
 
 from common import limits, wire
+from common.backoff import full_jitter_ms
 from common.clock import boottime_ms
 
 
@@ -70,42 +71,58 @@ class Tally:
     last_welcome: float = 0.0
 
 
+@dataclass
+class Past:
+    """What an agent remembers from session to session."""
+
+    agent_id: str
+    max_epoch: int = 0
+    wait_ms: int = -1  # told or drawn; -1: nobody was there, so the delay grows
+
+
 async def one_agent(
     session: aiohttp.ClientSession, url: str, index: int, tally: Tally, stop: asyncio.Event, rng: random.Random
 ) -> None:
-    """One agent's life: connect, renew, reconnect after a close, until told to stop."""
-    agent_id = f"a{index}-{rng.getrandbits(32):08x}"
-    max_epoch = 0
-    respread_ms = 0
+    """One agent's life: connect, renew, come back after a close as the real agent would, until told to stop."""
+    past = Past(f"a{index}-{rng.getrandbits(32):08x}")
+    attempt = 0
     while not stop.is_set():
+        past.wait_ms = -1
+        attempt += 1
         try:
             async with session.ws_connect(url, compress=0, max_msg_size=limits.FRAME_BYTES) as socket:
-                max_epoch, respread_ms = await live(socket, index, agent_id, max_epoch, tally, stop, rng)
-        except (aiohttp.ClientError, OSError, TimeoutError):
+                await live(socket, index, past, tally, stop, rng)
+        except (aiohttp.ClientError, OSError, TimeoutError, TypeError):  # TypeError: it closed before its first word
+            pass
+        if past.wait_ms >= 0:
+            attempt = 0
+        else:
             tally.refused += 1
+            past.wait_ms = full_jitter_ms(
+                attempt, base_ms=limits.RECONNECT_BASE_MS, cap_ms=limits.RECONNECT_CAP_MS, rng=rng
+            )
         if not stop.is_set():
-            await asyncio.sleep(rng.uniform(0.05, max(0.5, respread_ms / 1000)))
+            await asyncio.sleep(past.wait_ms / 1000)
 
 
 async def live(
     socket: aiohttp.ClientWebSocketResponse,
     index: int,
-    agent_id: str,
-    max_epoch: int,
+    past: Past,
     tally: Tally,
     stop: asyncio.Event,
     rng: random.Random,
-) -> tuple[int, int]:
-    """One session. Returns the head's epoch and respread."""
+) -> None:
+    """One session, or the refusal of one."""
     hello = wire.Hello(
         proto_min=limits.PROTOCOL_MIN,
         proto_max=limits.PROTOCOL,
         node_id=f"n{index}",
         boot_id=f"boot-{index}",
-        agent_id=agent_id,
+        agent_id=past.agent_id,
         version="0.1.0",
         inventory=inventory(index),
-        max_head_epoch=max_epoch,
+        max_head_epoch=past.max_epoch,
         advertise="127.0.0.1",
         data_port=9,
         http_port=9,
@@ -114,7 +131,10 @@ async def live(
     welcome = wire.decode((await socket.receive(timeout=30)).data)
     if not isinstance(welcome, wire.Welcome):
         tally.refused += 1
-        return max_epoch, 1000
+        if isinstance(welcome, wire.Refused):
+            past.wait_ms = welcome.retry_after_ms + rng.randint(0, welcome.retry_after_ms // 2)
+        return
+    past.max_epoch = welcome.head_epoch
     tally.welcomes += 1
     tally.connected += 1
     tally.last_welcome = time.monotonic()
@@ -136,7 +156,7 @@ async def live(
         reader.cancel()
         tally.connected -= 1
         tally.closed += not stop.is_set()
-    return welcome.head_epoch, welcome.respread_ms
+        past.wait_ms = rng.randint(0, welcome.respread_ms)
 
 
 async def read(socket: aiohttp.ClientWebSocketResponse, tally: Tally, sent: dict[int, float]) -> None:
