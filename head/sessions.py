@@ -40,6 +40,7 @@ from head.log_broker import LogBroker
 
 log = logging.getLogger(__name__)
 HELLO_RATE_TLS_PER_S = 300  # a TLS handshake costs six times a plain one
+HELLO_SLACK = 1.5  # admitted beyond the rate at which agents are told to come: who is refused comes seconds later
 HELLO_WAITING = 2_000  # connections that have not said hello yet
 RETRY_AFTER_MS = (1_000, 5_000)  # drawn for an agent that came in a crowd
 STALL_MS = 10_000  # more than OUTBOX_FRAMES unread for so long: cut off
@@ -132,7 +133,8 @@ class Sessions:
         self._ids = ids
         self._open: dict[str, Session] = {}  # said hello
         self._waiting = 0  # have not yet
-        self._hellos = TokenBucket(HELLO_RATE_TLS_PER_S if is_tls else limits.HELLO_RATE_PER_S, boottime_ms())
+        rate_per_s = HELLO_RATE_TLS_PER_S if is_tls else limits.HELLO_RATE_PER_S
+        self._hellos = TokenBucket(HELLO_SLACK * rate_per_s, boottime_ms())
         self._is_closing = False
 
     def __len__(self) -> int:
