@@ -39,7 +39,7 @@ def load(options: argparse.Namespace, scratch: Path) -> None:
         swarm = Swarm(head, options.agents, processes=2, cpu=1)
         try:
             connect_s = swarm.wait_connected(options.agents)
-            time.sleep(10)
+            time.sleep(options.warm_up)
             swarm.tallies()
             before = usage(head.pid)
             time.sleep(options.seconds)
@@ -68,14 +68,17 @@ def reattach(options: argparse.Namespace, scratch: Path) -> None:
     swarm = Swarm(head, options.agents, processes=2, cpu=1)
     try:
         swarm.wait_connected(options.agents)
-        time.sleep(3)
+        time.sleep(min(3, options.warm_up))
         head.kill()
         begun = time.monotonic()
+        turned_away = sum(tally["refused"] for tally in swarm.tallies())
         head = start_head(scratch / "head", PORT, cpu=0)
         serving_s = time.monotonic() - begun
         swarm.wait_connected(options.agents)
         back_s = time.monotonic() - begun
-        time.sleep(5)
+        busy_s = usage(head.pid).cpu_s
+        turned_away = sum(tally["refused"] for tally in swarm.tallies()) - turned_away
+        time.sleep(options.warm_up / 2)
         health = head.request("GET", "/api/v1/health")
     finally:
         swarm.close()
@@ -85,6 +88,8 @@ def reattach(options: argparse.Namespace, scratch: Path) -> None:
         [
             ("head serves again after", f"{serving_s:.2f} s", ""),
             ("all agents back after", f"{back_s:.1f} s", "15 s"),
+            ("attempts that found no head or were refused", str(turned_away), ""),
+            ("CPU of the head until then", f"{busy_s:.1f} s", ""),
             ("judged lost", str(health["nodes"] - health["nodes_online"]), "0"),
         ],
     )
@@ -93,16 +98,17 @@ def reattach(options: argparse.Namespace, scratch: Path) -> None:
 def api(options: argparse.Namespace, scratch: Path) -> None:
     """Latency of one object and of a page of 500 nodes while 1,000 agents renew their leases."""
     with running_head(scratch / "head", PORT, cpu=0) as head:
-        swarm = Swarm(head, 1_000, cpu=1)
+        agents = min(1_000, options.agents)
+        swarm = Swarm(head, agents, cpu=1)
         try:
-            swarm.wait_connected(1_000)
-            time.sleep(3)
-            one = latencies(head, "/api/v1/nodes/n500", 3_000)
-            page = latencies(head, "/api/v1/nodes?limit=500", 200)
+            swarm.wait_connected(agents)
+            time.sleep(min(3, options.warm_up))
+            one = latencies(head, f"/api/v1/nodes/n{agents // 2}", options.requests)
+            page = latencies(head, "/api/v1/nodes?limit=500", max(10, options.requests // 15))
         finally:
             swarm.close()
     table(
-        "API with 1,000 agents, one keep-alive connection",
+        f"API with {agents} agents, one keep-alive connection",
         [
             ("GET one node, p50 / p99", f"{one[0]:.2f} / {one[1]:.2f} ms", "p99 5 ms"),
             ("GET a page of 500 nodes, p50 / p99", f"{page[0]:.1f} / {page[1]:.1f} ms", "20 ms"),
@@ -128,9 +134,11 @@ def latencies(head: Head, path: str, count: int) -> tuple[float, float]:
 
 def placements(options: argparse.Namespace, scratch: Path) -> None:
     """Services created through the driver with 1,000 nodes: placed, journalled with fsync, answered."""
-    rate, p99_ms, sent = place_load.measure(scratch / "head", nodes=1_000, count=options.count, concurrency=256)
+    rate, p99_ms, sent = place_load.measure(
+        scratch / "head", nodes=options.nodes // 10, count=options.count, concurrency=256
+    )
     table(
-        f"durable placements, {options.count} services over 1,000 nodes of 8 GPUs, 256 callers",
+        f"durable placements, {options.count} services over {options.nodes // 10} nodes of 8 GPUs, 256 callers",
         [
             ("placements, each fsynced before its answer", f"{rate:.0f}/s", "3,000/s"),
             ("answer p99", f"{p99_ms:.1f} ms", ""),
@@ -154,7 +162,7 @@ def idle(options: argparse.Namespace, scratch: Path) -> None:
             deadline = time.monotonic() + 60
             while head.request("GET", "/api/v1/health")["nodes_online"] < 1 and time.monotonic() < deadline:
                 time.sleep(0.2)
-            time.sleep(15)
+            time.sleep(1.5 * options.warm_up)
             pids = [head.pid, agent.pid]
             before = [usage(pid) for pid in pids]
             time.sleep(options.seconds)
@@ -188,7 +196,7 @@ def children_of(parent: int) -> list[int]:
 
 def start(options: argparse.Namespace, scratch: Path) -> None:
     """Start-up with a full journal: process start to the first answer."""
-    place_load.fill(scratch / "head", nodes=10_000, jobs=100_000)
+    place_load.fill(scratch / "head", nodes=options.nodes, jobs=options.jobs)
     found = []
     for _ in range(3):
         begun = time.monotonic()
@@ -199,7 +207,7 @@ def start(options: argparse.Namespace, scratch: Path) -> None:
         head.process.wait(30)
     size = (scratch / "head" / "journal.sqlite").stat().st_size
     table(
-        f"start with 10,000 nodes and 100,000 job records ({size / 1e6:.0f} MB journal)",
+        f"start with {options.nodes} nodes and {options.jobs} job records ({size / 1e6:.0f} MB journal)",
         [
             ("start to serving, best / worst of 3", f"{min(found):.2f} / {max(found):.2f} s", "2 s"),
             ("resident memory", f"{rss / 1e6:.0f} MB", ""),
@@ -275,6 +283,18 @@ COMMANDS = {
 }
 
 
+SMALL = {
+    "agents": 20,
+    "seconds": 2,
+    "warm_up": 0.5,
+    "count": 40,
+    "kills": 2,
+    "requests": 50,
+    "nodes": 100,
+    "jobs": 200,
+}
+
+
 def main() -> None:
     """Runs the named measurements, each in a scratch directory of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -284,7 +304,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=6_000, help="placements to make")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--warm-up", type=float, default=10.0, help="seconds before a measured window")
+    parser.add_argument("--requests", type=int, default=3_000, help="of one object; pages: a fifteenth")
+    parser.add_argument("--nodes", type=int, default=10_000, help="at a start; placements: a tenth")
+    parser.add_argument("--jobs", type=int, default=100_000, help="at a start")
+    parser.add_argument("--small", action="store_true", help="shows that it works, not how fast it is")
     options = parser.parse_args()
+    if options.small:
+        vars(options).update(SMALL)
     for name in COMMANDS if "all" in options.what else options.what:
         with tempfile.TemporaryDirectory(prefix="herder-bench-") as scratch:
             COMMANDS[name](options, Path(scratch))

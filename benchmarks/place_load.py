@@ -139,15 +139,29 @@ def _objects(nodes: int, jobs: int) -> Iterator[Object]:
         inventory = swarm.inventory(index)
         yield Node(f"n{index}", f"boot-{index}", "agent", "0", inventory, at_ms, "online", at_ms, index + 1)
     for index in range(jobs):
-        step = Step(
-            "1-download",
-            "download",
+        steps = _ended_steps(f"org/model-{index % 1000}", f"n{index % max(1, nodes)}", at_ms)
+        yield Job(f"job-{index:012x}", "deploy", "bench", "completed", at_ms, steps, ended_ms=at_ms + 60_000)
+
+
+def _ended_steps(model: str, node: str, at_ms: int) -> tuple[Step, ...]:
+    """Three steps as a job leaves them: fetch, serve, look whether it is well."""
+    results: tuple[tuple[str, str, dict[str, object]], ...] = (
+        ("download", f"{node}:disk", {"bytes": 16_060_522_496, "device": f"{node}:disk"}),
+        ("serve", f"{node}:gpu0", {"service": model.partition("/")[2], "url": f"http://{node}:20000"}),
+        ("health_check", f"{node}:gpu0", {"status": 200}),
+    )
+    return tuple(
+        Step(
+            f"{number}-{action}",
+            action,
             "completed",
-            model=f"org/model-{index % 1000}",
-            target_device=f"n{index % max(1, nodes)}:disk",
+            model=model,
+            target_device=device,
+            dependencies=(f"{number - 1}-{results[number - 2][0]}",) if number > 1 else (),
             attempts=1,
             started_ms=at_ms,
-            ended_ms=at_ms + 60_000,
-            result={"bytes": 16_060_522_496, "device": f"n{index % max(1, nodes)}:disk"},
+            ended_ms=at_ms + 20_000 * number,
+            result=result,
         )
-        yield Job(f"job-{index:012x}", "download", "bench", "completed", at_ms, (step,), ended_ms=at_ms + 60_000)
+        for number, (action, device, result) in enumerate(results, 1)
+    )

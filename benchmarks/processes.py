@@ -99,7 +99,7 @@ def start_head(state_dir: Path, port: int, *, cpu: int | None = None, log: IO[by
         "PYTHONSAFEPATH": "1",
     }
     argv = [sys.executable, "-m", "head"]
-    if cpu is not None:
+    if cpu is not None and cpu in os.sched_getaffinity(0):
         argv = ["taskset", "-c", str(cpu), *argv]
     process = subprocess.Popen(argv, cwd=ROOT, env={**environ, "PYTHONPATH": str(ROOT)}, stderr=log, stdout=log)
     head = Head(process, f"http://127.0.0.1:{port}", state_dir)
@@ -140,7 +140,7 @@ class Swarm:
             argv = [sys.executable, "-m", "benchmarks.swarm", "--url", head.url + "/api/v1/agent"]
             argv += ["--token-file", str(head.state_dir / "join.token"), "--count", str(share)]
             argv += ["--first", str(index * share)]
-            if cpu is not None:
+            if cpu is not None and cpu in os.sched_getaffinity(0):
                 argv = ["taskset", "-c", str(cpu), *argv]
             self._members.append(
                 subprocess.Popen(
