@@ -1,0 +1,1 @@
+"""Diagnosis of errors, settings, and what a plan means."""

@@ -1,0 +1,1 @@
+"""Measured rows, the constants fitted to them, and how wrong they are."""

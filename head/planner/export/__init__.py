@@ -1,0 +1,1 @@
+"""A plan as the command lines and configuration files of other tools."""

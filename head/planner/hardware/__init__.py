@@ -1,0 +1,1 @@
+"""What a model runs on: accelerators, how they are joined, what collectives cost."""

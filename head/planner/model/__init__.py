@@ -1,0 +1,1 @@
+"""What a model is: dimensions, parameters, FLOPs, KV cache."""

@@ -1,0 +1,1 @@
+"""Serving: memory, latency and throughput of inference engines."""

@@ -1,0 +1,1 @@
+"""Training: memory per GPU, time per step, search over layouts."""
