@@ -2,16 +2,17 @@
 
     python -m benchmarks.warm [--gib 4] [--rounds 3] [--dir DIR]
 
-Each round, on the same file, evicted before each step (and checked to be): it is read with O_DIRECT in several ways,
-by threads and by fio where that is installed, the fastest being the round's limit; it is held by a real holder
-(mincore says how much is resident, and it is locked); it is copied to /dev/shm with cp. Bars: at least 0.85 of the
-limit and at most 0.05 CPU s/GB. GB = 1e9 bytes.
+Each round, on the same file, evicted before each step (and checked to be), in random order: it is read with O_DIRECT
+in several ways, by threads and by fio where that is installed; it is held by a real holder (mincore says how much is
+resident, and it is locked); it is copied to /dev/shm with cp. The limit is the way with the best median. Bars: at
+least 0.85 of the limit and at most 0.05 CPU s/GB. GB = 1e9 bytes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import resource
 import shutil
 import socket
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from agent import holder_protocol as protocol
@@ -99,53 +101,61 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=4.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="on the disk to measure; default: the temporary directory")
+    parser.add_argument("--seed", type=int, default=1, help="of the random order")
     options = parser.parse_args()
     size = max(BLOCK, int(options.gib * (1 << 30)) // BLOCK * BLOCK)
-    limits, held, copied = [], [], []
     with tempfile.TemporaryDirectory(dir=options.dir) as scratch:
         directory = Path(scratch) / "model"
         directory.mkdir()
         path = directory / "m.bin"
         disk.make(path, size)
+        ways = disk.read_ways(path, size)
+        limits: dict[str, list[float]] = {name: [] for name in ways}
+        held: list[tuple[float, float, float, bool]] = []
+        copied: list[tuple[float, float]] = []
+
+        def reading(name: str) -> Callable[[], None]:
+            return lambda: limits[name].append(ways[name]())
+
+        steps = [reading(name) for name in ways]
+        steps.append(lambda: held.append(hold(Path(scratch), directory, size)))
+        if shutil.disk_usage("/dev/shm").free > size:
+            steps.append(lambda: copied.append(copy_to_shm(path)))
+        order = random.Random(options.seed)
         evict(path)
         disk.read_s(path, size, 2, BLOCK)  # not counted: below a virtual machine's disk the host may have a cache
-        has_room = shutil.disk_usage("/dev/shm").free > size
         for _ in range(options.rounds):
-            limits.append(disk.read_limit_s(path, size))
-            evict(path)
-            held.append(hold(Path(scratch), directory, size))
-            if has_room:
+            for step in order.sample(steps, len(steps)):
                 evict(path)
-                copied.append(copy_to_shm(path))
+                step()
     show(size, limits, held, copied)
 
 
 def show(
     size: int,
-    limits: list[tuple[float, str]],
+    limits: dict[str, list[float]],
     held: list[tuple[float, float, float, bool]],
     copied: list[tuple[float, float]],
 ) -> None:
-    """The table: medians and best; each round's share is of that round's limit."""
+    """The table: medians and best."""
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
-    rates = [size / 1e6 / seconds for seconds, _ in limits]
-    shares = [limit / row[0] for (limit, _), row in zip(limits, held, strict=True)]
-    found = [size / 1e6 / row[0] for row in held]
+    print(f"{size / 1e9:.2f} GB, {os.cpu_count()} CPUs, load {load}, medians (and best) of {len(held)} rounds")
+    medians = {name: size / 1e6 / statistics.median(seconds) for name, seconds in limits.items()}
+    limit = max(medians.values())
+    for name, rate in sorted(medians.items(), key=lambda row: -row[1]):
+        print(f"  {'O_DIRECT read, ' + name:36} {rate:6.0f} MB/s ({size / 1e6 / min(limits[name]):.0f})")
+    rates = [size / 1e6 / row[0] for row in held]
     spent = [row[1] / (size / 1e9) for row in held]
-    print(f"{size / 1e9:.2f} GB, {os.cpu_count()} CPUs, load {load}, medians (and best) of {len(limits)} rounds")
     print(
-        f"  {'O_DIRECT read, fastest way':28} {statistics.median(rates):6.0f} MB/s ({max(rates):.0f}), {min(limits)[1]}"
-    )
-    print(
-        f"  {'holder':28} {statistics.median(found):6.0f} MB/s ({max(found):.0f})  {statistics.median(spent):.3f} CPU"
-        f" s/GB ({min(spent):.3f})  {statistics.median(shares):.2f} of the limit ({max(shares):.2f}), resident"
+        f"  {'holder':36} {statistics.median(rates):6.0f} MB/s ({max(rates):.0f})  {statistics.median(spent):.3f} CPU"
+        f" s/GB ({min(spent):.3f})  {statistics.median(rates) / limit:.2f} of the limit, resident"
         f" {min(row[2] for row in held):.3f}, {'locked' if all(row[3] for row in held) else 'not locked'}"
     )
     if copied:
-        found = [size / 1e6 / elapsed for elapsed, _ in copied]
+        rates = [size / 1e6 / elapsed for elapsed, _ in copied]
         spent = [cpu / (size / 1e9) for _, cpu in copied]
         print(
-            f"  {'cp to /dev/shm':28} {statistics.median(found):6.0f} MB/s ({max(found):.0f})"
+            f"  {'cp to /dev/shm':36} {statistics.median(rates):6.0f} MB/s ({max(rates):.0f})"
             f"  {statistics.median(spent):.3f} CPU s/GB ({min(spent):.3f})"
         )
     print(f"bars: at least {BAR_RATE} of the limit, at most {BAR_CPU} CPU s/GB")

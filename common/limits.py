@@ -114,6 +114,7 @@ LOG_BYTES_PER_REPLICA = 16_777_216
 LOG_RUNS_KEPT = 3
 REPLICA_READY_TIMEOUT_S = 900
 REPLICA_STOP_GRACE_S = 10.0
+DRAIN_MS = 30_000  # requests on their way may go on for so long when their engine is stopped (setting of the head)
 REPLICA_BACKOFF_BASE_MS = 1_000
 REPLICA_BACKOFF_CAP_MS = 300_000
 REPLICA_PLACEMENTS = 6  # failed placements of a replica before it stays failed

@@ -24,8 +24,8 @@ from common.errors import ErrorInfo, HerderError, Internal, TimedOut, Unavailabl
 from common.tasks import Supervisor
 from common.telemetry import fields, ticks
 from common.wire import Message
-from head.core.effects import Alarm, CloseSession, Effect, Refuse, Reply, Send
-from head.core.events import Event, RequestEvent, Ticked
+from head.core.effects import Alarm, CloseSession, Drain, Effect, EndDrain, Refuse, Reply, Send
+from head.core.events import Event, ReplicaIdle, RequestEvent, Ticked
 from head.core.state import State
 from head.core.turn import Turn
 from head.feed import Feed
@@ -67,6 +67,18 @@ class Outlet(Protocol):
         ...
 
 
+class Drainer(Protocol):
+    """Who carries requests to engines: the gateway."""
+
+    def drain(self, replica: str, generation: int) -> None:
+        """Has `ReplicaIdle` posted once nothing is on its way to the replica. Never blocks."""
+        ...
+
+    def end_drain(self, replica: str) -> None:
+        """Cuts what is still on its way. Never blocks."""
+        ...
+
+
 def _core_step(state: State, event: Event, now_ms: int) -> Turn:
     from head.core.step import step  # the whole core; tests of the shell bring a step of their own
 
@@ -93,6 +105,7 @@ class Driver:
         self.counts: Counter[str] = Counter()  # events by type, bugs, timeouts: read by the metrics
         self.step_seconds = 0.0
         self.on_lag: Callable[[int], None] | None = None  # told how late each tick was
+        self.drainer: Drainer | None = None  # None: nothing is ever on its way to an engine
         self.last_tick_boottime_ms = boottime_ms()  # when the last tick was handled: what the watchdog looks at
         self.started_boottime_ms = boottime_ms()
         self._feed = feed
@@ -366,6 +379,14 @@ class Driver:
             case CloseSession():
                 assert self._outlet is not None
                 self._outlet.close_session(effect.session_id, effect.error)
+            case Drain():
+                if self.drainer is not None:
+                    self.drainer.drain(effect.replica, effect.generation)
+                else:
+                    self.post(ReplicaIdle(effect.replica, effect.generation))
+            case EndDrain():
+                if self.drainer is not None:
+                    self.drainer.end_drain(effect.replica)
             case Alarm():
                 self._alarm(effect)
             case _:

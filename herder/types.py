@@ -31,7 +31,9 @@ CopyState = Literal[
     "dropping",
 ]
 NodeState = Literal["online", "suspect", "unreachable", "left", "unknown"]
-ReplicaState = Literal["pending", "waiting_copy", "starting", "ready", "unhealthy", "stopping", "stopped", "failed"]
+ReplicaState = Literal[
+    "pending", "waiting_copy", "starting", "ready", "unhealthy", "draining", "stopping", "stopped", "failed"
+]
 ServiceState = Literal["pending", "starting", "ready", "degraded", "stopping", "stopped", "failed"]
 
 Name = Annotated[str, Meta(min_length=1, max_length=192)]

@@ -38,6 +38,20 @@ class Send(Effect, frozen=True):
     message: Message
 
 
+class Drain(Effect, frozen=True):
+    """Asks the gateway to say `ReplicaIdle` once no request is on its way to the replica (at once, when none is)."""
+
+    replica: str
+    generation: int
+
+
+class EndDrain(Effect, frozen=True):
+    """The time of a drain is over: the gateway cuts what is still on its way to the replica."""
+
+    replica: str
+    generation: int
+
+
 class CloseSession(Effect, frozen=True):
     """Ends a session; `error` is sent before as `Refused`."""
 

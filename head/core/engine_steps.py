@@ -25,6 +25,7 @@ _WORDS = {
     "waiting_copy": "the engine waits for its model",
     "starting": "the engine is starting",
     "unhealthy": "the engine does not answer well and is restarted",
+    "draining": "an older engine finishes its requests",
     "stopping": "an older engine is stopping",
 }
 
@@ -211,7 +212,8 @@ def look_stop(turn: Turn, step: Step) -> Step:
         if seen != "online":
             silent = f"waits for {replica.node}, which is {seen}, to say that {replica.id} has stopped"
             break
-    note = silent or "the engine is stopping"
+    is_draining = any(replica.state == "draining" for replica in held)
+    note = silent or ("the engine finishes its requests" if is_draining else "the engine is stopping")
     return step if step.note == note else replace(step, note=note)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from common import wire
+from common import limits, wire
 from common.recipe import Recipe
 from herder import types as api
 
@@ -24,6 +24,7 @@ class HeadStarted(Event, frozen=True):
     cluster_id: str
     ticket_secret: bytes  # root of the per-node ticket keys, volatile per head process
     recipes: dict[str, Recipe] = {}
+    drain_ms: int = limits.DRAIN_MS  # how long requests may go on when their engine is stopped; 0: not at all
 
 
 class Ticked(Event, frozen=True):
@@ -100,6 +101,13 @@ class ReplicaProbed(Event, frozen=True):
     replica: str
     generation: int
     is_healthy: bool
+
+
+class ReplicaIdle(Event, frozen=True):
+    """No request is on its way to this draining replica any more; answers the effect `Drain`."""
+
+    replica: str
+    generation: int
 
 
 # requests

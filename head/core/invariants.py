@@ -173,6 +173,7 @@ def readers_are_counted(state: State) -> Iterator[str]:
 
 # services, replicas and jobs
 _REPLICA_STATES = frozenset(get_args(ReplicaState))
+_GOING = frozenset({"draining", "stopping"})
 _STEP_STATES = frozenset(get_args(StepState))
 
 
@@ -198,8 +199,10 @@ def slots_hold_one_replica(state: State) -> Iterator[str]:
             yield f"{key} is slot {replica.slot} of {replica.service}"
         if replica.service not in state.services:
             yield f"{key} is of the service {replica.service}, which is gone"
-        if replica.state not in _REPLICA_STATES or (replica.desired == "stopped") != (replica.state == "stopping"):
+        if replica.state not in _REPLICA_STATES or (replica.desired == "stopped") != (replica.state in _GOING):
             yield f"{key} is {replica.state} and desired {replica.desired}"
+        if (replica.state == "draining") != (replica.drain_until_ms > 0):
+            yield f"{key} is {replica.state} and drains until {replica.drain_until_ms}"
         if replica.state == "failed" and replica.error is None:
             yield f"{key} failed without a reason"
         if replica.state == "ready" and replica.port <= 0:

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from common import limits
-from head.core import commands, copies, health_checks, idempotency, jobs, keys, services
+from head.core import commands, copies, drains, health_checks, idempotency, jobs, keys, services
 from head.core.effects import Alarm, CloseSession
 from head.core.events import Event, HeadStarted, Ticked
 from head.core.objects import Meta
@@ -25,6 +25,7 @@ FROZEN_ALARM = "most_nodes_lost"
 _PARTS: tuple[tuple[str, Callable[[Turn], None]], ...] = (
     ("copies", lambda turn: copies.on_tick(turn)),
     ("services", lambda turn: services.on_tick(turn)),
+    ("drains", lambda turn: drains.on_tick(turn)),
     ("jobs", lambda turn: jobs.on_tick(turn)),
     ("health_checks", lambda turn: health_checks.on_tick(turn)),
     ("keys", lambda turn: keys.on_tick(turn)),
@@ -52,6 +53,8 @@ def started(turn: Turn, event: HeadStarted) -> None:
     # who was lost before counts as lost together: a restart in the middle of a partition must not unfreeze
     state.lost_ms = {node.id: turn.now_ms for node in state.nodes.values() if node.status == "unreachable"}
     state.is_frozen = False
+    state.drain_ms = event.drain_ms
+    drains.on_start(turn)
     _judge_freeze(turn)
 
 
@@ -62,7 +65,8 @@ def ticked(turn: Turn, event: Ticked) -> None:
     _sweep_leases(turn)
     for node_id in tuple(state.draining_nodes):
         turn.touch("node", node_id)
-        if state.nodes[node_id].drain_deadline_ms <= turn.now_ms and state.replicas_by_node.get(node_id):
+        node = state.nodes[node_id]
+        if node.drain_deadline_ms - node.drain_lead_ms <= turn.now_ms and state.replicas_by_node.get(node_id):
             services.on_node_draining(turn, node_id)
     for name, part in _PARTS:
         # a refusal in one part must not keep the others, and least of all the leases, from their turn

@@ -12,7 +12,7 @@ import msgspec
 
 from common import ids
 from common.errors import InUse, InvalidValue, LastCopy, NodeNotFound
-from head.core import copy_facts, copy_sources, liveness, node_sessions, services
+from head.core import copy_facts, copy_sources, drains, liveness, node_sessions, services
 from head.core.effects import CloseSession
 from head.core.events import CordonRequested, DrainRequested, Event, RemoveNodeRequested, UpdateNodeRequested
 from head.core.node_facts import interval_ms, is_placeable, is_reachable, lease_ms, node_state, respread_ms
@@ -41,7 +41,7 @@ def cordon(turn: Turn, event: CordonRequested) -> None:
         changed = msgspec.structs.replace(node, is_cordoned=True)
     else:
         changed = msgspec.structs.replace(
-            node, is_cordoned=False, drain_deadline_ms=0, drain_reason="", is_drained=False
+            node, is_cordoned=False, drain_deadline_ms=0, drain_lead_ms=0, drain_reason="", is_drained=False
         )
     if changed != node:
         turn.put(changed, "node_cordoned" if event.is_cordoned else "node_uncordoned", actor=event.actor)
@@ -61,6 +61,7 @@ def drain(turn: Turn, event: DrainRequested) -> None:
     changed = msgspec.structs.replace(
         node,
         drain_deadline_ms=max(1, turn.now_ms + event.body.deadline_s * 1_000),
+        drain_lead_ms=drains.lead_ms(turn.state, event.body.deadline_s),
         drain_reason=event.body.reason,
         is_drained=False,
     )

@@ -65,6 +65,7 @@ class Node(Object, frozen=True):
     launch_id: str = ""
     is_cordoned: bool = False
     drain_deadline_ms: int = 0  # 0: not draining
+    drain_lead_ms: int = 0  # so long before the deadline engines get no new requests, to finish those they have
     drain_reason: str = ""
     is_drained: bool = False
     leaving_ms: int = 0  # when the agent said it will be gone; 0: not leaving
@@ -181,7 +182,9 @@ class Service(Object, frozen=True):
 
 
 class Replica(Object, frozen=True):
-    """One engine of a service. desired: running | stopped. States as wire.ReplicaStatus, plus `pending`."""
+    """One engine of a service. desired: running | stopped. States as wire.ReplicaStatus, plus `pending`
+    (not confirmed by its agent yet) and `draining` (to be stopped, finishing its requests until `drain_until_ms`).
+    """
 
     KIND = "replica"
     id: str  # "<service>-<slot>"
@@ -214,6 +217,7 @@ class Replica(Object, frozen=True):
     is_exclusive: bool = False  # its GPUs are reserved whole
     attempts: int = 0  # placements that failed since it was last ready
     avoid: tuple[str, ...] = ()  # nodes where it failed since it was last ready
+    drain_until_ms: int = 0  # 0: not draining
 
     @property
     def key(self) -> str:

@@ -17,13 +17,13 @@ from msgspec.structs import replace
 from common import limits, wire
 from common.backoff import ceiling_ms
 from common.errors import EngineFailed, ErrorInfo, HerderError
-from head.core import commands, copies, service_specs
+from head.core import commands, copies, drains, service_specs
 from head.core.objects import Copy, Replica, copy_key
 from head.core.state import State
 from head.core.turn import Turn
 
 REPORTED = frozenset({"waiting_copy", "starting", "ready", "unhealthy", "stopping", "stopped", "failed"})
-_PROJECTED = {"ready": "ready", "failed": "failed", "stopping": "dropping"}
+_PROJECTED = {"ready": "ready", "failed": "failed", "stopping": "dropping", "draining": "dropping"}
 
 
 def fresh_generation(turn: Turn, replica: Replica) -> int:
@@ -134,7 +134,7 @@ def _missing(turn: Turn, replica: Replica) -> None:
 
 def _unconfirmed(replica: Replica) -> Replica:
     state = "pending" if replica.desired == "running" else "stopping"
-    return replace(replica, state=state, pid=0, port=0, host="", started_ms=0, ready_ms=0)
+    return replace(replica, state=state, pid=0, port=0, host="", started_ms=0, ready_ms=0, drain_until_ms=0)
 
 
 def _take(turn: Turn, replica: Replica, status: wire.ReplicaStatus) -> None:
@@ -250,13 +250,21 @@ def touch_services_on(turn: Turn, node_id: str) -> None:
 
 # changes
 def stop(turn: Turn, replica: Replica, what: str) -> None:
-    """Makes a replica undesired; its object goes when the agent has confirmed."""
+    """Makes a replica undesired: it drains, its agent is told, and its object goes when the agent has confirmed."""
     if replica.desired == "stopped":
         return
+    until_ms = drains.until_ms(turn.state, replica, turn.now_ms)
     stopping = replace(
-        replica, desired="stopped", state="stopping", generation=fresh_generation(turn, replica), cause=turn.cause
+        replica,
+        desired="stopped",
+        state="draining" if until_ms else "stopping",
+        drain_until_ms=until_ms,
+        generation=fresh_generation(turn, replica),
+        cause=turn.cause,
     )
     turn.put(stopping, what)
+    if until_ms:
+        drains.ask(turn, stopping)
 
 
 def remove(turn: Turn, replica: Replica, what: str) -> None:
@@ -265,6 +273,7 @@ def remove(turn: Turn, replica: Replica, what: str) -> None:
     turn.delete("replica", replica.id, what)
     turn.state.measured.pop(replica.id, None)
     turn.state.unwell.pop(replica.id, None)
+    drains.forget(turn, replica.id)
     turn.touch("service", replica.service)
 
 
@@ -290,6 +299,9 @@ def reconcile_replica(turn: Turn, key: str) -> None:
         stop(turn, replica, "replica_orphaned")
         return
     recipe = state.recipes.get(service.recipe) if service is not None else None
+    if replica.state == "draining":
+        drains.reconcile(turn, replica)
+        return
     if replica.desired == "stopped":
         grace_s = recipe.stop_grace_s if recipe is not None else limits.REPLICA_STOP_GRACE_S
         body = wire.StopReplica(replica=replica.id, grace_s=grace_s)

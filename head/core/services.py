@@ -27,6 +27,7 @@ from common.errors import (
 from common.recipe import Recipe
 from head.core import (
     copies,
+    drains,
     idempotency,
     node_facts,
     placement,
@@ -288,11 +289,10 @@ def _surplus(staying: list[Replica], wanted: int) -> list[Replica]:
 
 
 def _let_go(turn: Turn, leaving: list[Replica], still_needed: int) -> None:
-    """Engines on leaving nodes go when others are ready in their place, or when the drain's deadline has passed."""
+    """Engines on leaving nodes go when others are ready in their place, or in time for the drain's deadline."""
     for number, replica in enumerate(sorted(leaving, key=lambda replica: (replica.state != "ready", replica.slot))):
         node = turn.state.nodes[replica.node]
-        is_over = 0 < node.drain_deadline_ms <= turn.now_ms
-        if is_over or number >= max(0, still_needed):
+        if drains.must_begin(node, replica, turn.now_ms) or number >= max(0, still_needed):
             replicas.stop(turn, replica, "replica_drained")
 
 
@@ -422,6 +422,7 @@ def _set_due(turn: Turn, name: str, at_ms: int) -> None:
 
 
 HANDLERS: dict[type[Event], Callable[[Turn, Any], None]] = {
+    **drains.HANDLERS,
     CreateServiceRequested: create,
     DeleteServiceRequested: delete,
     RecipesLoaded: recipes_loaded,

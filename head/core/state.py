@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 
-from common import wire
+from common import limits, wire
 from common.recipe import Recipe
 from head.core import job_table
 from head.core.objects import (
@@ -116,6 +116,8 @@ class State:
     lost_ms: dict[str, int] = field(default_factory=dict)  # nodes that vanished lately -> when
     measured: dict[str, tuple[int, int]] = field(default_factory=dict)  # replica -> resident and GPU bytes, as reported
     unwell: dict[str, int] = field(default_factory=dict)  # replica -> generation that failed a direct probe
+    drain_ms: int = limits.DRAIN_MS  # how long requests may go on when their engine is stopped
+    draining: dict[str, int] = field(default_factory=dict)  # replica -> generation that the gateway was asked about
     due_ms: dict[str, int] = field(default_factory=dict)  # "service:name", "job:id" -> next look; absent: now
 
     @property

@@ -13,7 +13,7 @@ from common.errors import (
     NotFound,
     ServiceNotFound,
 )
-from head.core import commands, node_facts, placement, replica_facts, service_specs, service_views
+from head.core import commands, drains, node_facts, placement, replica_facts, service_specs, service_views
 from head.core.objects import Copy, Job, Node, Replica, Service
 from head.core.state import STEP_ENDED, State
 from herder.types import Candidate, Why
@@ -81,7 +81,7 @@ def _replica_words(state: State, replica: Replica, now_ms: int) -> str:
         return f"{replica.state} when {replica.node} was last heard of; the node is {seen}"
     if state.unwell.get(replica.id) == replica.generation:
         return f"{replica.state} by its agent, but it did not answer the head's own probe"
-    words = replica.state
+    words = drains.words(replica, now_ms) if replica.state == "draining" else replica.state
     if replica.state == "pending":
         was_sent = commands.was_sent(state, replica.node, f"replica:{replica.id}", replica.generation)
         words += ": the order was sent and is not confirmed yet" if was_sent else ": the order waits to be sent"

@@ -13,7 +13,7 @@ import msgspec
 from common import errors, wire
 from common.recipe import Recipe
 from head.core import events as ev
-from head.core.effects import CloseSession, Effect, Refuse, Reply, Send
+from head.core.effects import CloseSession, Drain, Effect, EndDrain, Refuse, Reply, Send
 from head.core.events import Event
 from head.core.invariants import check_invariants
 from head.core.objects import KINDS, Meta
@@ -22,6 +22,7 @@ from head.core.step import step
 from head.journal import Row
 from head.pipeline import Pipeline
 from head.restore import EPOCH_JUMP, REVISION_JUMP
+from tests.sim.sim_gateway import SimGateway
 from tests.sim.world import World
 
 BASE_MS = 1_700_000_000_000
@@ -112,6 +113,7 @@ class SimHead:
         self._checked = -1
         self._waiting: list[Event] = []
         self.pipeline = Pipeline(State(), step)
+        self.gateway = SimGateway(world, self.take, self._later)
 
     @property
     def state(self) -> State:
@@ -132,6 +134,7 @@ class SimHead:
         self.stalled_until_ms = 0
         self.pipeline = Pipeline(self.journal.load(), step)
         self._waiting = []
+        self.gateway = SimGateway(self.world, self.take, self._later)
         jump_ms = self.world.faults.clock_jump_ms if self.world.is_hostile and self.starts > 1 else 0
         wall_ms = BASE_MS + self.world.now_ms + self.world.rng.randint(-jump_ms, jump_ms)
         self.base_ms = max(self.journal.stamp_ms, wall_ms) - self.world.now_ms  # as `SystemClock` begins
@@ -267,7 +270,12 @@ class SimHead:
                     self.answers[effect.request_id] = effect
                     for watcher in self.watchers:
                         watcher.answered(effect)
+                case Drain():
+                    self.gateway.drain(effect)
+                case EndDrain():
+                    self.gateway.end_drain(effect)
                 case Send():
+                    self.gateway.sending(effect.message)
                     session = self.sessions.get(effect.session_id)
                     if session is not None:
                         session[1](effect.session_id, effect.message)

@@ -395,6 +395,7 @@ class TestStop:
         world.serve()
         world.ready()
         world.unserve()
+        world.step(ReplicaIdle("svc-0", world.replica().generation))
         command = world.command(wire.StopReplica, "n1")
         assert command is not None
         assert service_views.service_state(world.state, "svc") == "stopping"
