@@ -70,6 +70,7 @@ AUDIT_QUEUE = 10_000  # lines on their way to the audit log
 PROTOCOL = 1
 PROTOCOL_MIN = 1
 FRAME_BYTES = 2_097_152
+TELEMETRY_BYTES = 65_536  # one node's readings, some 150 bytes for each GPU
 OUTBOX_FRAMES = 256  # per agent; overflow closes the session, which is safe: state is level-triggered
 OUTBOX_BYTES = 8_388_608
 HELLO_TIMEOUT_S = 10.0

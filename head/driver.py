@@ -116,6 +116,7 @@ class Driver:
         self._requests: dict[str, asyncio.Future[Reply]] = {}
         self._wake = asyncio.Event()
         self._sealable = asyncio.Event()
+        self._waits_for_room: list[Callable[[], None]] = []
         self._room = asyncio.Event()
         self._room.set()
         self._readers: deque[tuple[int, asyncio.Future[None]]] = deque()
@@ -179,8 +180,13 @@ class Driver:
         """Hands in an event that wants no answer. Whoever posts much awaits `room()` before."""
         self._enqueue(event)
 
+    def when_room(self, wake: Callable[[], None]) -> None:
+        """Calls `wake` once the queue has room again: the sessions' back-pressure."""
+        self._room.clear()
+        self._waits_for_room.append(wake)
+
     async def room(self) -> None:
-        """Waits while the queue is full: the sessions' back-pressure."""
+        """Waits while the queue is full."""
         while len(self._queue) >= limits.JOURNAL_QUEUE_EVENTS:
             self._room.clear()
             await self._room.wait()
@@ -265,6 +271,9 @@ class Driver:
         self.step_seconds += now - started
         if not self._room.is_set() and len(queue) < limits.JOURNAL_QUEUE_EVENTS // 2:
             self._room.set()
+            woken, self._waits_for_room = self._waits_for_room, []
+            for wake in woken:
+                wake()
         if not self._pipeline.is_settled:
             self._sealable.set()
 

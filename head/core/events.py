@@ -61,7 +61,7 @@ class LeaseRenewed(Event, frozen=True):
 class TelemetryReceived(Event, frozen=True):
     node: str
     session_id: str
-    telemetry: wire.Telemetry
+    telemetry: wire.Telemetry | bytes  # as it came, to be decoded when somebody looks
 
 
 class ProgressReceived(Event, frozen=True):

@@ -135,7 +135,7 @@ def told_readings(turn: Turn, event: TelemetryReceived) -> None:
     """The latest readings replace the ones before."""
     live = _live(turn, event.node, event.session_id)
     if live is not None:
-        live.telemetry = event.telemetry
+        live.readings = event.telemetry
 
 
 def progressed(turn: Turn, event: ProgressReceived) -> None:
@@ -231,7 +231,7 @@ def _open_session(turn: Turn, event: AgentSaidHello, before: Node | None) -> Non
     )
     if old is not None:
         live.boottime_offset_ms = old.boottime_offset_ms
-        live.telemetry = old.telemetry
+        live.readings = old.readings
         live.unknown_copies = old.unknown_copies
         live.agent_ids, live.flaps, live.flapped_ms = dict(old.agent_ids), old.flaps, old.flapped_ms
         if old.session_id and old.session_id != event.session_id:

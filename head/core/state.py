@@ -39,7 +39,7 @@ class Live:
     lease_until_ms: int = 0
     last_seen_ms: int = 0
     boottime_offset_ms: int = 0  # agent's CLOCK_BOOTTIME minus Herder time, from its last lease
-    telemetry: wire.Telemetry | None = None
+    readings: wire.Telemetry | bytes | None = None  # the latest; as they came until somebody looks
     report_digest: int | None = None
     has_reported: bool = False  # in this session
     interval_ms: int = 0
@@ -49,6 +49,14 @@ class Live:
     agent_ids: dict[str, int] = field(default_factory=dict)  # agent processes that said hello as this node -> when
     flaps: int = 0  # times a superseded agent process came back: two machines use one node id
     flapped_ms: int = 0  # when it last did
+
+    @property
+    def telemetry(self) -> wire.Telemetry | None:
+        """The latest readings, decoded at the first look; None when there are none, or they cannot be read."""
+        readings = self.readings
+        if isinstance(readings, bytes):
+            readings = self.readings = wire.readings(readings)
+        return readings
 
 
 @dataclass(slots=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import msgspec
 import pytest
 
 from tests.sim.cluster import Cluster
@@ -37,6 +40,17 @@ def test_every_kind_of_request(profile: str, seed: int) -> None:
     """Small disks, bad engines, restored and old heads, long silence: whoever asked for what, it comes to rest."""
     cluster = run(seed, profile, requests=120)
     assert cluster.head.state.services, "the run must have done something"
+
+
+def test_requests_on_their_way_are_seen_to() -> None:
+    """Engines are stopped after their requests have ended, and after their time, when those last too long."""
+    reasons: Counter[str] = Counter()
+    for seed in range(1, 5):
+        history = run(seed, "calm").head.journal.history
+        ended = [row.detail for row in history if row.what == "replica_stopping"]
+        reasons.update(msgspec.json.decode(detail)["reason"] for detail in ended)
+    assert reasons["no request is on its way"] > 0
+    assert reasons["the drain's time is over"] > 0
 
 
 FOUND = {

@@ -17,6 +17,7 @@ from head.core.events import (
     ProgressReceived,
     RecipesLoaded,
     RemoveNodeRequested,
+    ReplicaIdle,
     ReplicaProbed,
 )
 from head.core.objects import copy_key
