@@ -444,6 +444,7 @@ TYPES: dict[str, type[Message]] = {kind: cls for cls, kind in KINDS.items()}
 
 _encoder = msgspec.json.Encoder()
 _envelopes = msgspec.json.Decoder(Envelope)
+_readings = msgspec.json.Decoder(Telemetry)
 _decoders: dict[str, msgspec.json.Decoder[Message]] = {kind: msgspec.json.Decoder(cls) for kind, cls in TYPES.items()}
 
 
@@ -457,6 +458,23 @@ def decode(frame: bytes | str) -> Message | None:
 
     Raises: msgspec.DecodeError (ValidationError is one) when the frame or the body is not what its kind says.
     """
-    envelope = _envelopes.decode(frame)
+    return body_of(_envelopes.decode(frame))
+
+
+def envelope(frame: bytes | str) -> Envelope:
+    """The frame's kind, and its body as it came. Raises: msgspec.DecodeError."""
+    return _envelopes.decode(frame)
+
+
+def body_of(envelope: Envelope) -> Message | None:
+    """The message in an envelope, or None when its kind is not known here. Raises: msgspec.DecodeError."""
     decoder = _decoders.get(envelope.kind)
     return None if decoder is None else decoder.decode(envelope.body)
+
+
+def readings(body: bytes) -> Telemetry | None:
+    """The body of a telemetry frame; None when it cannot be read: readings may be lost at any time."""
+    try:
+        return _readings.decode(body)
+    except msgspec.DecodeError:
+        return None

@@ -1,23 +1,22 @@
 """The agents' sessions: one websocket each, dialled by the agent, JSON frames both ways.
 
-The way of a lease: aiohttp gives the frame, `wire.decode` the message, `Driver.post` an event, and the core's Ack
-goes straight into the transport. No task, no timer and no queue per lease or per session. aiohttp's own `send_*`
-are coroutines that may wait for a slow reader; here frames (text, whole, unmasked) are written to the transport
-directly, whose buffer is the outbox. It is bounded: an agent that does not read is cut off, which is safe, because
-the state is level-triggered and a new session begins with a full report.
+The way of a lease: the transport gives the frame (`head/websocket.py`), `wire` the message, `Driver.post` an event,
+and the core's Ack goes straight into the transport. No task, no timer and no queue per lease or per session. The
+transport's buffer is the outbox. It is bounded: an agent that does not read is cut off, which is safe, because the
+state is level-triggered and a new session begins with a full report.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from sys import intern
 from typing import Any
 
 import msgspec
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WSCloseCode, web
 
 from common import ids, limits, wire
 from common.clock import Clock, boottime_ms
@@ -31,7 +30,7 @@ from common.errors import (
     Unavailable,
 )
 from common.telemetry import fields
-from head import frames
+from head import frames, websocket
 from head.auth import authenticate, is_good
 from head.context import IdSource
 from head.core import events as ev
@@ -44,13 +43,11 @@ HELLO_SLACK = 1.5  # admitted beyond the rate at which agents are told to come: 
 HELLO_WAITING = 2_000  # connections that have not said hello yet
 RETRY_AFTER_MS = (1_000, 5_000)  # drawn for an agent that came in a crowd
 STALL_MS = 10_000  # more than OUTBOX_FRAMES unread for so long: cut off
-CLOSE_S = 2.0  # for the agent to answer a close
 SESSIONS = limits.NODES
 
 Builder = Callable[[str, str, Any], ev.Event]
 BUILDERS: dict[type[wire.Message], Builder] = {
     wire.Lease: ev.LeaseRenewed,
-    wire.Telemetry: ev.TelemetryReceived,
     wire.Report: ev.AgentReported,
     wire.Progress: ev.ProgressReceived,
     wire.Result: ev.ResultReceived,
@@ -77,20 +74,32 @@ class TokenBucket:
         return True
 
 
-class Session:
-    """One agent's connection."""
+class Session(websocket.Socket):
+    """One agent's connection, from its upgrade to its end."""
 
-    __slots__ = ("_first_unread_ms", "_frames_unread", "_transport", "id", "is_closing", "key_id", "node", "reason")
+    __slots__ = ("_first_unread_ms", "_frames_unread", "_owner", "id", "key_id", "node", "peer", "reason")
 
-    def __init__(self, id: str, node: str, key_id: str, transport: asyncio.WriteTransport) -> None:
-        self.id = id
-        self.node = node
+    def __init__(self, owner: Sessions, key_id: str, peer: str) -> None:
+        super().__init__()
+        self.id = ""  # until it has said hello
+        self.node = ""
         self.key_id = key_id
+        self.peer = peer
         self.reason = ""  # why it ended, when we ended it
-        self.is_closing = False
-        self._transport = transport
+        self._owner = owner
         self._frames_unread = 0  # written since the buffer was last seen empty
         self._first_unread_ms = 0
+
+    def message(self, payload: bytes) -> None:
+        if self.is_closing:
+            return  # said before it heard that we end it
+        if self.id:
+            self._owner.heard(self, payload)
+        else:
+            self._owner.heard_first(self, payload)
+
+    def ended(self) -> None:
+        self._owner.lost(self)
 
     def send(self, frame: bytes) -> bool:
         """Writes a text frame; False when the agent does not read and the session has to end."""
@@ -106,20 +115,8 @@ class Session:
         ):
             return False
         self._frames_unread += 1
-        transport.write(text_frame(frame))
+        transport.write(websocket.text_frame(frame))
         return True
-
-    def send_close(self, code: int) -> None:
-        """Asks the agent to close; cuts the connection when it does not answer."""
-        if self.is_closing or self._transport.is_closing():
-            return
-        self.is_closing = True
-        self._transport.write(b"\x88\x02" + struct.pack("!H", code))
-        asyncio.get_running_loop().call_later(CLOSE_S, self.abort)
-
-    def abort(self) -> None:
-        """Cuts the connection without a word; what waits in the outbox is dropped."""
-        self._transport.abort()
 
 
 class Sessions:
@@ -132,7 +129,7 @@ class Sessions:
         self._clock = clock
         self._ids = ids
         self._open: dict[str, Session] = {}  # said hello
-        self._waiting = 0  # have not yet
+        self._waiting: set[Session] = set()  # have not yet
         rate_per_s = HELLO_RATE_TLS_PER_S if is_tls else limits.HELLO_RATE_PER_S
         self._hellos = TokenBucket(HELLO_SLACK * rate_per_s, boottime_ms())
         self._is_closing = False
@@ -169,14 +166,16 @@ class Sessions:
         retry_after_ms = self._ids.uniform(*RETRY_AFTER_MS) if error and error.is_retryable else 0
         if error is not None:
             session.send(wire.encode(wire.Refused(error, retry_after_ms)))
-        session.send_close(WSCloseCode.TRY_AGAIN_LATER if retry_after_ms else WSCloseCode.POLICY_VIOLATION)
+        session.write_close(WSCloseCode.TRY_AGAIN_LATER if retry_after_ms else WSCloseCode.POLICY_VIOLATION)
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Ends every session with "service restart"; agents come back spread over the time they were told."""
         self._is_closing = True
+        for session in tuple(self._waiting):
+            session.abort()
         for session in tuple(self._open.values()):
             session.reason = "the head is stopping"
-            session.send_close(WSCloseCode.SERVICE_RESTART)
+            session.write_close(WSCloseCode.SERVICE_RESTART)
         try:
             async with asyncio.timeout(timeout_s):
                 while self._open:  # noqa: ASYNC110 - once, at the end
@@ -187,122 +186,128 @@ class Sessions:
 
     # the handler
 
-    async def handle_agent(self, request: web.Request) -> web.WebSocketResponse:
-        """One agent, from its upgrade request to its end. Raises: HerderError, only before the upgrade."""
+    async def handle_agent(self, request: web.Request) -> web.StreamResponse:
+        """Takes an agent's connection over and returns at once. Raises: HerderError, only before the upgrade."""
         principal = authenticate(self._driver.state, request.headers.get("Authorization"), self._clock.now_ms())
         principal.require("agent")
         if self._is_closing:
             raise Unavailable("the head is stopping")
-        if self._waiting >= HELLO_WAITING or len(self._open) >= SESSIONS:
+        if len(self._waiting) >= HELLO_WAITING or len(self._open) >= SESSIONS:
             self.counts["refused_crowd"] += 1
             raise TooMany("too many agents connect at once", hint="try again in a few seconds")
-        ws = web.WebSocketResponse(
-            timeout=CLOSE_S, compress=False, max_msg_size=limits.FRAME_BYTES, decode_text=False, heartbeat=None
-        )
-        if not ws.can_prepare(request):
-            raise InvalidRequest("agents open a websocket here")
-        await ws.prepare(request)
-        self._waiting += 1
-        try:
-            hello = await self._hello(ws, request.remote or "")
-        except HerderError as error:
-            await self._refuse(ws, error, request.remote)
-            return ws
-        finally:
-            self._waiting -= 1
-        if request.transport is not None:
-            session = Session(self._ids.fresh("ses"), hello.node_id, principal.key_id, request.transport)
-            await self._serve(ws, session, ev.AgentSaidHello(session.id, hello, request.remote or ""))
-        return ws
+        session = Session(self, principal.key_id, request.remote or "")
+        answer = websocket.take_over(request, session)
+        self._waiting.add(session)
+        session.call_later(limits.HELLO_TIMEOUT_S, lambda: self._refuse(session, TimedOut("no hello came")))
+        return answer
 
-    async def _hello(self, ws: web.WebSocketResponse, peer: str) -> wire.Hello:
-        """The first frame. Raises: HerderError."""
+    # what the sessions call
+
+    def heard_first(self, session: Session, frame: bytes) -> None:
+        """The first frame of a connection: hello, or its end."""
+        session.cancel_timer()
         try:
-            frame = await ws.receive(timeout=limits.HELLO_TIMEOUT_S)
-        except TimeoutError:
-            raise TimedOut("no hello came") from None
-        if frame.type not in (WSMsgType.TEXT, WSMsgType.BINARY):
-            raise InvalidRequest("the connection ended before hello")
+            hello = self._hello(session, frame)
+        except HerderError as error:
+            self._refuse(session, error)
+            return
+        self._waiting.discard(session)
+        session.id, session.node = self._ids.fresh("ses"), intern(hello.node_id)
+        self._open[session.id] = session
+        self._post(session, ev.AgentSaidHello(session.id, hello, session.peer))
+
+    def heard(self, session: Session, frame: bytes) -> None:
+        """A frame of an open session."""
+        try:
+            envelope = wire.envelope(frame)
+            is_readings = envelope.kind == "telemetry"
+            message = None if is_readings else wire.body_of(envelope)
+        except msgspec.DecodeError as error:
+            self._bad(session, InvalidRequest(f"a frame cannot be read: {error}"))
+            return
+        if not is_readings and message is None:
+            self.counts["in unknown"] += 1
+            return
+        self.counts["in telemetry" if message is None else _IN[type(message)]] += 1
+        if not self._is_key_good(session.key_id):
+            self._end(session, Unauthenticated("the key of this agent was revoked or has expired"))
+        elif message is None:
+            self._take_readings(session, envelope.body)
+        else:
+            self._take(session, message)
+
+    def lost(self, session: Session) -> None:
+        """A connection has ended."""
+        self._waiting.discard(session)
+        if self._open.pop(session.id, None) is None:
+            return
+        reason = session.reason or (f"closed with {session.close_code}" if session.close_code else "connection lost")
+        self.logs.session_closed(session.id)
+        self._driver.post(ev.SessionClosed(session.node, session.id, reason))
+
+    def _hello(self, session: Session, frame: bytes) -> wire.Hello:
+        """The first frame. Raises: HerderError."""
         if not self._hellos.take(boottime_ms()):
             raise TooMany("too many agents say hello at once", hint="come back after the delay that was sent")
         try:
-            hello = wire.decode(frame.data)
+            hello = wire.decode(frame)
         except msgspec.DecodeError as error:
             raise InvalidRequest(f"hello cannot be read: {error}") from None
         if not isinstance(hello, wire.Hello):
             raise InvalidRequest("the first frame must be hello")
         ids.check_node_id(hello.node_id)
         ids.check_labels(hello.labels)
-        frames.check_hello(hello, peer)
+        frames.check_hello(hello, session.peer)
         self.counts["in hello"] += 1
         return hello
 
-    async def _refuse(self, ws: web.WebSocketResponse, error: HerderError, peer: str | None) -> None:
+    def _refuse(self, session: Session, error: HerderError) -> None:
+        """Ends a connection that has not said a proper hello."""
         self.counts[f"refused_{error.code}"] += 1
         # thousands are told to come back in a crowd: those are counted, not logged
         level = logging.DEBUG if isinstance(error, TooMany) else logging.WARNING
-        log.log(level, "agent refused", extra=fields(peer=peer, code=error.code, why=error.message))
+        log.log(level, "agent refused", extra=fields(peer=session.peer, code=error.code, why=error.message))
         retry_after_ms = self._ids.uniform(*RETRY_AFTER_MS) if error.is_retryable else 0
         code = WSCloseCode.TRY_AGAIN_LATER if error.is_retryable else WSCloseCode.POLICY_VIOLATION
-        try:
-            async with asyncio.timeout(2 * CLOSE_S):
-                await ws.send_str(wire.encode(wire.Refused(error.info(), retry_after_ms)).decode())
-                await ws.close(code=code, message=error.code.encode())
-        except (TimeoutError, ConnectionError):
-            pass  # it has gone already, or does not read: the connection ends either way
+        session.send(wire.encode(wire.Refused(error.info(), retry_after_ms)))
+        session.write_close(code, error.code.encode())
 
-    async def _serve(self, ws: web.WebSocketResponse, session: Session, hello: ev.AgentSaidHello) -> None:
-        self._open[session.id] = session
-        self._driver.post(hello)
-        try:
-            await self._read(ws, session)
-        finally:
-            del self._open[session.id]
-            reason = session.reason or (f"closed with {ws.close_code}" if ws.close_code else "connection lost")
-            self.logs.session_closed(session.id)
-            self._driver.post(ev.SessionClosed(session.node, session.id, reason))
+    def _take_readings(self, session: Session, body: msgspec.Raw) -> None:
+        """Readings stay as they came until somebody looks: of 2,000 a second hardly one is looked at."""
+        if len(body) > limits.TELEMETRY_BYTES:
+            self._bad(session, InvalidRequest(f"readings of more than {limits.TELEMETRY_BYTES} bytes"))
+            return
+        self._post(session, ev.TelemetryReceived(session.node, session.id, bytes(body)))
 
-    async def _read(self, ws: web.WebSocketResponse, session: Session) -> None:
-        """Frames until the end. While the driver's queue is full nothing is read: TCP carries the wait to the agent."""
-        driver, counts = self._driver, self.counts
-        async for frame in ws:
-            if frame.type is not WSMsgType.TEXT and frame.type is not WSMsgType.BINARY:
-                return  # an error: aiohttp has closed the connection with its code (1009: frame too large)
-            if session.is_closing:
-                continue  # said before it heard that we end it
-            try:
-                message = wire.decode(frame.data)
-            except msgspec.DecodeError as error:
-                counts["bad"] += 1
-                self._end(session, InvalidRequest(f"a frame cannot be read: {error}"))
-                continue
-            if message is None:
-                counts["in unknown"] += 1
-                continue
-            counts[_IN[type(message)]] += 1
-            builder = BUILDERS.get(type(message))
-            if not self._is_key_good(session.key_id):
-                self._end(session, Unauthenticated("the key of this agent was revoked or has expired"))
-                continue
-            try:
-                message = frames.tame(message)
-            except InvalidRequest as error:
-                counts["bad"] += 1
-                self._end(session, error)
-                continue
-            if builder is None:
-                self._take_other(session, message)
-                continue
-            if driver.queue_depth >= limits.JOURNAL_QUEUE_EVENTS:
-                await driver.room()
-            driver.post(builder(session.node, session.id, message))
+    def _take(self, session: Session, message: wire.Message) -> None:
+        builder = BUILDERS.get(type(message))
+        try:
+            message = frames.tame(message)
+        except InvalidRequest as error:
+            self._bad(session, error)
+            return
+        if builder is None:
+            self._take_other(session, message)
+        else:
+            self._post(session, builder(session.node, session.id, message))
+
+    def _post(self, session: Session, event: ev.Event) -> None:
+        """While the driver's queue is full nothing more is read: TCP carries the wait to the agent."""
+        driver = self._driver
+        driver.post(event)
+        if driver.queue_depth >= limits.JOURNAL_QUEUE_EVENTS:
+            session.hold()
+            driver.when_room(session.resume)
 
     def _take_other(self, session: Session, message: wire.Message) -> None:
         if isinstance(message, wire.LogChunk):
             self.logs.take(message, session.id)
         else:
-            self.counts["bad"] += 1
-            self._end(session, InvalidRequest(f"an agent does not say {wire.KINDS[type(message)]!r} here"))
+            self._bad(session, InvalidRequest(f"an agent does not say {wire.KINDS[type(message)]!r} here"))
+
+    def _bad(self, session: Session, error: HerderError) -> None:
+        self.counts["bad"] += 1
+        self._end(session, error)
 
     def _end(self, session: Session, error: HerderError) -> None:
         log.warning("session ended", extra=fields(node=session.node, code=error.code, why=error.message))
@@ -314,13 +319,3 @@ class Sessions:
 
 _IN = {cls: f"in {kind}" for cls, kind in wire.KINDS.items()}
 _OUT = {cls: f"out {kind}" for cls, kind in wire.KINDS.items()}
-
-
-def text_frame(payload: bytes) -> bytes:
-    """A whole, unmasked text frame (RFC 6455, section 5.2)."""
-    size = len(payload)
-    if size < 126:
-        return b"\x81%c" % size + payload
-    if size < 65_536:
-        return b"\x81\x7e" + struct.pack("!H", size) + payload
-    return b"\x81\x7f" + struct.pack("!Q", size) + payload

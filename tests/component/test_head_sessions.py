@@ -20,11 +20,12 @@ from head import sessions as sessions_module
 from head.auth import new_token
 from head.core import events as ev
 from head.core.objects import ApiKey, Meta, Replica
-from head.core.state import State
+from head.core.state import Live, State
 from head.core.turn import Turn
 from head.driver import Driver
 from head.feed import Feed
-from head.sessions import Sessions, text_frame
+from head.sessions import Sessions
+from head.websocket import text_frame
 from tests.doubles.head_shell import (
     NOW_MS,
     FakeAgent,
@@ -245,7 +246,7 @@ async def test_bad_frames_end_the_session(frame: str) -> None:
 
 
 async def test_a_giant_frame_ends_the_session() -> None:
-    """Beyond FRAME_BYTES aiohttp closes with 1009 and nothing of it reaches the core."""
+    """Beyond FRAME_BYTES the head closes with 1009 and nothing of it reaches the core."""
     async with running() as head:
         agent = await head.join()
         with contextlib.suppress(ConnectionError):
@@ -426,3 +427,61 @@ class TestLogs:
         async with running() as head:
             with pytest.raises(TooMany):
                 await self.read(head)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("Upgrade", "h2c"),
+        ("Sec-WebSocket-Version", "8"),
+        ("Sec-WebSocket-Key", "short"),
+        ("Sec-WebSocket-Key", ""),
+    ],
+)
+async def test_an_upgrade_that_is_none_is_refused_over_http(name: str, value: str) -> None:
+    """A wrong version, key or protocol is answered 400, as HTTP, and the connection stays usable for it."""
+    headers = {
+        "Authorization": f"Bearer {AGENT_TOKEN}",
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    async with running() as head:
+        async with head.client.get(PATH, headers={**headers, name: value}) as answer:
+            assert answer.status == 400
+        assert len(head.sessions) == 0
+
+
+async def test_a_full_queue_holds_agents_back_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the queue's limit the sockets are not read until there is room; then every lease is answered."""
+    monkeypatch.setattr(limits, "JOURNAL_QUEUE_EVENTS", 2)
+    async with running() as head:
+        agents = [await head.join(f"n{number}") for number in range(4)]
+        for agent in agents:
+            for seq in range(50):
+                await agent.say(wire.Lease(seq, 1))
+        for agent in agents:
+            assert [await agent.hear() for _ in range(50)] == [wire.Ack(seq, 15_000, 5_000) for seq in range(50)]
+
+
+async def test_readings_that_cannot_be_read_are_none() -> None:
+    """Readings are decoded when somebody looks; what is no reading is as if it had been lost."""
+    async with running() as head:
+        agent = await head.join()
+        for body in ('{"cpu":0.5}', '{"cpu":"hot"}'):
+            await agent.ws.send_str('{"kind":"telemetry","body":' + body + "}")
+        await until(lambda: len(head.seen(ev.TelemetryReceived)) == 2)
+        said = [event.telemetry for event in head.seen(ev.TelemetryReceived) if isinstance(event, ev.TelemetryReceived)]
+        looked = [Live(readings=readings).telemetry for readings in said]
+        assert looked == [wire.Telemetry(cpu=0.5), None]
+
+
+async def test_readings_beyond_their_limit_end_the_session() -> None:
+    """What is kept of a node has a size."""
+    async with running() as head:
+        agent = await head.join()
+        await agent.ws.send_str('{"kind":"telemetry","body":{"x":"' + "y" * limits.TELEMETRY_BYTES + '"}}')
+        error, _, _ = await refused(agent)
+        assert error.code == "invalid_request"
+        assert not head.seen(ev.TelemetryReceived)

@@ -192,7 +192,7 @@ class ApiHead:
     def connect(self, node_id: str, telemetry: wire.Telemetry | None = None) -> None:
         """Makes a node look connected."""
         now_ms = self.context.clock.now_ms()
-        self.state.live[node_id] = Live("session", now_ms + 3_600_000, now_ms, telemetry=telemetry)
+        self.state.live[node_id] = Live("session", now_ms + 3_600_000, now_ms, readings=telemetry)
 
 
 @asynccontextmanager

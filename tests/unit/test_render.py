@@ -77,7 +77,7 @@ def service(replicas: int = 1, **changes: Any) -> Service:
 
 def online(state: State, name: str = "n1", telemetry: wire.Telemetry | None = None) -> State:
     """Makes a node connected."""
-    state.live[name] = Live("s", NOW_MS + 1, NOW_MS, telemetry=telemetry)
+    state.live[name] = Live("s", NOW_MS + 1, NOW_MS, readings=telemetry)
     return state
 
 
