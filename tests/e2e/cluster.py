@@ -148,6 +148,8 @@ class Agent(Daemon):
         self.node = node
         self.state = folder / "state"
         self.store = folder / "state" / "store"
+        self.limits: dict[str, int] = {}  # other than the real ones
+        self.prefix: list[str] = []  # of its command line: what it is run under
         self.settings: dict[str, object] = {
             "head_url": head_url,
             "node_id": node,
@@ -167,7 +169,8 @@ class Agent(Daemon):
 
     def begin(self) -> None:
         """Starts it without waiting."""
-        self.spawn([*daemon_argv("agent", {}), "--config", str(self.write())], clean_environ())
+        argv = [*self.prefix, *daemon_argv("agent", self.limits), "--config", str(self.write())]
+        self.spawn(argv, clean_environ())
 
     def write(self, name: str = "agent.yaml", **changes: object) -> Path:
         """Writes its configuration, changed where asked."""
