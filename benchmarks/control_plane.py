@@ -45,21 +45,38 @@ def load(options: argparse.Namespace, scratch: Path) -> None:
             time.sleep(options.seconds)
             after = usage(head.pid)
             tallies = swarm.tallies()
+            pauses = head.metrics()
         finally:
             swarm.close()
     acks = [tally["ack_ms"] for tally in tallies if tally["ack_ms"]]
-    leases_per_s = sum(ack["n"] for ack in acks) / (after.at - before.at)
+    leases = sum(ack["n"] for ack in acks)
+    leases_per_s = leases / (after.at - before.at)
     table(
         f"{options.agents} agents, {after.at - before.at:.0f} s, one head on one core",
         [
             ("CPU of the head", f"{share_of_a_core(before, after):.1%} of a core", "20 %"),
+            ("for a lease and its readings", f"{1e6 * (after.cpu_s - before.cpu_s) / max(1, leases):.0f} us", ""),
             ("resident memory", f"{after.rss_bytes / 1e6:.0f} MB", "350 MB"),
             ("leases and telemetry", f"{leases_per_s:.0f} + {leases_per_s:.0f} frames/s", ""),
             ("lease to ack, p50 / p99", f"{acks[0]['p50']:.2f} / {max(a['p99'] for a in acks):.2f} ms", ""),
+            ("garbage collections, the longest", slowest(pauses, "herder_gc_pause_seconds"), ""),
+            ("ticks of the head's loop, the latest", slowest(pauses, "herder_loop_lag_seconds"), ""),
             ("all connected after", f"{connect_s:.1f} s (paced by the swarm)", ""),
             ("sessions lost", str(sum(tally["closed"] for tally in tallies)), "0"),
         ],
     )
+
+
+def slowest(metrics: dict[str, float], name: str) -> str:
+    """How many a histogram counted since the start, and between which of its borders the greatest lies."""
+    count = metrics[f"{name}_count"]
+    borders = {
+        key.partition('"')[2].partition('"')[0]: value
+        for key, value in metrics.items()
+        if key.startswith(name + "_bucket")
+    }
+    above = [float(border) for border, value in borders.items() if value >= count]
+    return f"{count:.0f}, at most {1000 * min(above):g} ms" if count else "none"
 
 
 def reattach(options: argparse.Namespace, scratch: Path) -> None:

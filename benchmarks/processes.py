@@ -71,6 +71,13 @@ class Head:
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:
             return json.loads(answer.read() or b"null")
 
+    def metrics(self) -> dict[str, float]:
+        """What /metrics says now, by series."""
+        request = urllib.request.Request(self.url + "/metrics", headers={"Authorization": f"Bearer {self.token()}"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
     def kill(self) -> None:
         """kill -9."""
         self.process.kill()
