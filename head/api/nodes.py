@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from common import ids
 from common.errors import NodeNotFound
-from head.api import render
+from head.api import render_nodes
 from head.api.call import Call, near
 from head.api.models import ForceQuery
 from head.api.pages import OrderKey, decode_cursor, encode_cursor
@@ -66,7 +66,7 @@ async def index(call: Call) -> web.StreamResponse:
         "nodes",
         query,
         call.lists["node"].order(),
-        lambda node_id: render.node_row(state, state.nodes[node_id], now_ms),
+        lambda node_id: render_nodes.node_row(state, state.nodes[node_id], now_ms),
         wants=wants if query.state or name else None,
     )
 
@@ -127,7 +127,7 @@ def _devices_after(
 ) -> Iterator[tuple[OrderKey, api.DeviceView]]:
     """Devices with their place in the list: by node, then disk, dram and the GPUs by index."""
     for node_id in node_ids[bisect_left(node_ids, after[1]) if after else 0 :]:
-        for place, view in enumerate(render.device_views(state, state.nodes[node_id])):
+        for place, view in enumerate(render_nodes.device_views(state, state.nodes[node_id])):
             is_past = after is None or after[1] != node_id or place > after[0]
             if is_past and kind in (None, view.kind):
                 yield (place, node_id), view
@@ -140,7 +140,7 @@ def _device_count(node: Node, kind: str | None) -> int:
 
 def _shown(call: Call) -> web.StreamResponse:
     node = find(call.state, call.path("id"))
-    return call.answer(render.node_view(call.state, node, call.now_ms))
+    return call.answer(render_nodes.node_view(call.state, node, call.now_ms))
 
 
 _NODE = f"{PREFIX}/nodes/{{id}}"

@@ -7,27 +7,21 @@ passwords or signatures inside URLs are replaced by `***`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Any, cast
-
-import msgspec
+from typing import cast
 
 from common.errors import ErrorInfo
 from common.manifest import Manifest
 from common.recipe import Recipe
-from common.wire import Gpu, GpuReading, Inventory
 from head.core import node_facts, service_views
-from head.core.admission import file_system_free_bytes
-from head.core.objects import ApiKey, Copy, Job, Model, Node, Replica, Service, Step
-from head.core.state import JOB_ENDED, Live, Progress, State
+from head.core.objects import ApiKey, Copy, Job, Model, Replica, Service, Step
+from head.core.state import JOB_ENDED, Progress, State
 from herder import types as api
 
 IN_FLIGHT = frozenset({"planned", "waiting", "reserved", "fetching", "verifying", "syncing", "loading"})
 ETA_AFTER_MS = 3_000  # before this a rate says more about the start than about the rest
 STALLED_MS = 15_000  # bytes that stood still for so long promise no end
 _SIZES = 20_000  # manifests whose size is remembered
-_INVENTORIES = 1_000  # some 2 kB each
 
 _PASSWORD = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*://[^/@\s:]*):[^/@\s]*@")
 _SECRET_QUERY = re.compile(
@@ -47,151 +41,6 @@ def error_detail(error: ErrorInfo | None) -> api.ErrorDetail | None:
     if error is None:
         return None
     return api.ErrorDetail(error.code, without_secrets(error.message), error.hint, error.details)
-
-
-# nodes
-def node_view(state: State, node: Node, now_ms: int) -> api.NodeView:
-    """A node with its devices and latest readings."""
-    live = state.live.get(node.id)
-    telemetry = live.telemetry if live is not None else None
-    readings = msgspec.to_builtins(telemetry) if telemetry is not None else None
-    return _node_view(state, node, now_ms, inventory=msgspec.to_builtins(node.inventory), telemetry=readings)
-
-
-def node_row(state: State, node: Node, now_ms: int) -> msgspec.Struct:
-    """`node_view` for encoding only, at a third of its cost: a page of 500 nodes must not hold up the loop.
-
-    Readings stay as they came and the inventory, the larger part of a row, is encoded once per object.
-    """
-    live = state.live.get(node.id)
-    telemetry = live.telemetry if live is not None else None
-    return _node_view(
-        state,
-        node,
-        now_ms,
-        inventory=cast(dict[str, Any], _encoded_inventory(node.id, node.inventory)),
-        telemetry=cast(dict[str, Any] | None, telemetry),
-    )
-
-
-def _node_view(
-    state: State, node: Node, now_ms: int, *, inventory: dict[str, Any], telemetry: dict[str, Any] | None
-) -> api.NodeView:
-    live = state.live.get(node.id)
-    return api.NodeView(
-        node_id=node.id,
-        hostname=node.inventory.hostname,
-        state=cast(api.NodeState, node_facts.node_state(state, node.id, now_ms)),
-        state_since_ms=node.status_since_ms,
-        last_seen_ms=(live.last_seen_ms or None) if live is not None else None,
-        is_cordoned=node.is_cordoned,
-        drain=_drain(node),
-        drain_deadline_ms=node.drain_deadline_ms or None,
-        labels={**node.agent_labels, **node.labels},
-        version=node.version,
-        address=node.advertise,
-        gpu_count=len(node.inventory.gpus),
-        gpu_reason=node.inventory.gpu_reason,
-        devices=device_views(state, node),
-        inventory=inventory,
-        telemetry=telemetry,
-        copies=len(state.copies_by_node.get(node.id, ())),
-        replicas=len(state.replicas_by_node.get(node.id, ())),
-    )
-
-
-def device_views(state: State, node: Node) -> tuple[api.DeviceView, ...]:
-    """Every device of a node: disk, dram, then the GPUs by index."""
-    live = state.live.get(node.id)
-    used: dict[str, int] = {}
-    reserved: dict[str, int] = {}
-    copies, skip = state.copies, len(node.id) + 1
-    for key in state.copies_by_node.get(node.id, ()):
-        copy = copies[key]
-        if copy.replica:
-            continue  # a projection of an engine: counted by its replica
-        storage = copy.device[skip:]
-        if copy.state in IN_FLIGHT:
-            progress = state.progress.get(key)
-            wanted = max(copy.bytes, progress.bytes_total if progress else 0)
-            reserved[storage] = reserved.get(storage, 0) + wanted
-        elif copy.state != "failed":
-            used[storage] = used.get(storage, 0) + copy.bytes
-    return (_disk(node, live, used, reserved), _dram(node, live, used, reserved), *_gpus(state, node, live))
-
-
-def _disk(node: Node, live: Live | None, used: dict[str, int], reserved: dict[str, int]) -> api.DeviceView:
-    telemetry = live.telemetry if live is not None else None
-    store = node.inventory.disks[0] if node.inventory.disks else None
-    total = node.inventory.disk_budget_bytes or (store.total_bytes if store else 0)
-    taken = max(used.get("disk", 0), telemetry.disk_used_bytes if telemetry else 0)
-    held = max(reserved.get("disk", 0), telemetry.disk_reserved_bytes if telemetry else 0)
-    free = max(0, total - taken - held)
-    free = min(free, file_system_free_bytes(node, live, free))
-    return api.DeviceView(f"{node.id}:disk", "disk", total, taken, held, free)
-
-
-def _dram(node: Node, live: Live | None, used: dict[str, int], reserved: dict[str, int]) -> api.DeviceView:
-    telemetry = live.telemetry if live is not None else None
-    total = node.inventory.dram_budget_bytes
-    taken = max(used.get("dram", 0), telemetry.dram_used_bytes if telemetry else 0)
-    held = reserved.get("dram", 0)
-    return api.DeviceView(f"{node.id}:dram", "dram", total, taken, held, max(0, total - taken - held))
-
-
-def _gpus(state: State, node: Node, live: Live | None) -> Iterable[api.DeviceView]:
-    if not node.inventory.gpus:
-        return ()
-    telemetry = live.telemetry if live is not None else None
-    readings: dict[int, GpuReading] = {reading.index: reading for reading in telemetry.gpus} if telemetry else {}
-    reserved: dict[str, int] = {}
-    for key in state.replicas_by_node.get(node.id, ()):
-        replica = state.replicas[key]
-        if replica.desired == "running" and replica.state != "ready":
-            reserved[replica.device] = reserved.get(replica.device, 0) + replica.gpu_memory_bytes
-    prefix = f"{node.id}:gpu"
-    return [_gpu(f"{prefix}{gpu.index}", gpu, readings.get(gpu.index), reserved) for gpu in node.inventory.gpus]
-
-
-def _gpu(device: str, gpu: Gpu, reading: GpuReading | None, reserved: dict[str, int]) -> api.DeviceView:
-    total, held = gpu.memory_bytes, reserved.get(device, 0)
-    if reading is None:
-        return api.DeviceView(device, "gpu", total, 0, held, max(0, total - held), gpu.name, gpu.uuid)
-    taken = reading.memory_used_bytes
-    free = total - taken - held
-    return api.DeviceView(
-        device,
-        "gpu",
-        total,
-        taken,
-        held,
-        free if free > 0 else 0,
-        gpu.name,
-        gpu.uuid,
-        reading.utilisation,
-        reading.temperature_c,
-        reading.power_w,
-        reading.is_lost,
-    )
-
-
-def _drain(node: Node) -> str:
-    if node.is_drained:
-        return "drained"
-    return "draining" if node.drain_deadline_ms else ""
-
-
-_inventories: dict[str, tuple[Inventory, msgspec.Raw]] = {}
-
-
-def _encoded_inventory(node_id: str, inventory: Inventory) -> msgspec.Raw:
-    """The inventory as JSON, kept per object for the nodes that were shown last."""
-    kept = _inventories.get(node_id)
-    if kept is None or kept[0] is not inventory:
-        if len(_inventories) >= _INVENTORIES:
-            _inventories.clear()
-        kept = _inventories[node_id] = (inventory, msgspec.Raw(msgspec.json.encode(inventory)))
-    return kept[1]
 
 
 # models and copies

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from common import wire
 from common.errors import ErrorInfo
 from common.manifest import Manifest, ManifestFile
-from head.api import render
+from head.api import render, render_nodes
 from head.core import admission
 from head.core.objects import ApiKey, Copy, Job, Model, ModelManifest, Node, Object, Pin, Replica, Service, Step
 from head.core.state import Live, Progress, State, restore
@@ -91,7 +91,7 @@ def test_devices_add_up() -> None:
         ),
     )
     state.progress[fetching.key] = Progress("fetching", GIB, 40 * GIB)
-    disk, dram, gpu0, gpu1 = render.device_views(state, state.nodes["n1"])
+    disk, dram, gpu0, gpu1 = render_nodes.device_views(state, state.nodes["n1"])
     assert (disk.used_bytes, disk.reserved_bytes, disk.free_bytes) == (10 * GIB, 40 * GIB, 500 * GIB)
     assert (dram.used_bytes, dram.free_bytes) == (10 * GIB, 90 * GIB)
     assert (gpu0.device, gpu0.used_bytes, gpu0.utilisation) == ("n1:gpu0", 0, None)
@@ -103,37 +103,47 @@ def test_free_space_before_the_first_reading() -> None:
     known = node()
     inventory = msgspec.structs.replace(known.inventory, disks=(wire.Disk("/store", "ext4", 900 * GIB, 7 * GIB),))
     state = online(state_of(msgspec.structs.replace(known, inventory=inventory)))
-    assert render.device_views(state, state.nodes["n1"])[0].free_bytes == 7 * GIB
+    assert render_nodes.device_views(state, state.nodes["n1"])[0].free_bytes == 7 * GIB
     assert admission.free_bytes(state, "n1:disk") == 7 * GIB
 
 
 def test_what_starts_on_a_gpu_is_reserved_until_it_is_ready() -> None:
     """A starting engine's memory is reserved; a ready one's is in the reading."""
     state = online(state_of(node(), replica(state="starting", gpu_memory_bytes=20 * GIB)))
-    assert render.device_views(state, state.nodes["n1"])[2].reserved_bytes == 20 * GIB
+    assert render_nodes.device_views(state, state.nodes["n1"])[2].reserved_bytes == 20 * GIB
     state = online(state_of(node(), replica(gpu_memory_bytes=20 * GIB)))
-    assert render.device_views(state, state.nodes["n1"])[2].reserved_bytes == 0
+    assert render_nodes.device_views(state, state.nodes["n1"])[2].reserved_bytes == 0
 
 
 def test_a_node_shows_presence_labels_and_drain() -> None:
     """Labels of the operator win over the agent's; drain and presence are words."""
     state = online(state_of(node(labels={"rack": "a"}, agent_labels={"rack": "b", "gpu": "h100"}, drain_deadline_ms=9)))
-    view = render.node_view(state, state.nodes["n1"], NOW_MS)
+    view = render_nodes.node_view(state, state.nodes["n1"], NOW_MS)
     assert (view.state, view.drain, view.drain_deadline_ms) == ("online", "draining", 9)
     assert view.labels == {"rack": "a", "gpu": "h100"}
     assert view.inventory["hostname"] == "n1"
     gone = state_of(node(status="unreachable", is_drained=True))
-    assert render.node_view(gone, gone.nodes["n1"], NOW_MS).drain == "drained"
-    assert render.node_view(gone, gone.nodes["n1"], NOW_MS).state == "unreachable"
+    assert render_nodes.node_view(gone, gone.nodes["n1"], NOW_MS).drain == "drained"
+    assert render_nodes.node_view(gone, gone.nodes["n1"], NOW_MS).state == "unreachable"
 
 
 def test_the_row_of_a_list_is_the_view() -> None:
-    """The cheap form for lists encodes to the same JSON, also once an inventory has changed."""
+    """The cheap form for lists encodes to the same JSON, also once an inventory, readings or a reservation changed."""
     readings = wire.Telemetry(cpu=0.5, gpus=(wire.GpuReading(0, "GPU-0", 1, 2, 0.5),))
-    for inventory in (node().inventory, wire.Inventory(hostname="other"), node().inventory):
-        state = online(state_of(node(inventory=inventory), copy()), telemetry=readings)
-        view = render.node_view(state, state.nodes["n1"], NOW_MS)
-        row = render.node_row(state, state.nodes["n1"], NOW_MS)
+    later = wire.Telemetry(cpu=0.7, disk_used_bytes=5, gpus=(wire.GpuReading(0, "GPU-0", 9, 2, 0.9),))
+    engine = replica(state="starting", gpu_memory_bytes=20 * GIB)
+    for inventory, said, more in (
+        (node().inventory, readings, ()),
+        (node().inventory, readings, ()),
+        (node().inventory, later, ()),
+        (node().inventory, None, ()),
+        (node().inventory, later, (engine,)),
+        (wire.Inventory(hostname="other"), readings, ()),
+        (node().inventory, readings, ()),
+    ):
+        state = online(state_of(node(inventory=inventory), copy(), *more), telemetry=said)
+        view = render_nodes.node_view(state, state.nodes["n1"], NOW_MS)
+        row = render_nodes.node_row(state, state.nodes["n1"], NOW_MS)
         assert msgspec.json.encode(row) == msgspec.json.encode(view)
         assert view.inventory["hostname"] == inventory.hostname
 
@@ -254,7 +264,7 @@ def test_no_view_holds_a_secret() -> None:
             render.model_view(state, model, NOW_MS),
             render.service_view(state, service()),
             render.key_view(key),
-            render.node_view(state, state.nodes["n1"], NOW_MS),
+            render_nodes.node_view(state, state.nodes["n1"], NOW_MS),
         ]
     ).decode()
     for secret in ("engine-secret", "hunter2", "abc", "f00d"):
@@ -296,7 +306,7 @@ def test_views_fit_their_types() -> None:
         state_of(node(), copy(), service(), replica(error=ErrorInfo("engine_failed", "x", details={"a": 1})))
     )
     for view in (
-        render.node_view(state, state.nodes["n1"], NOW_MS),
+        render_nodes.node_view(state, state.nodes["n1"], NOW_MS),
         render.copy_view(state, copy(), NOW_MS),
         render.service_view(state, service()),
         render.health_view(state, version="1", now_ms=NOW_MS, is_read_only=False),
