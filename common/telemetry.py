@@ -148,9 +148,11 @@ class GcWatch:
 
 
 def calm_gc() -> None:
-    """After start-up: what lives now lives long, so collections skip it, and they come less often.
+    """After start-up: what lives now lives long, so collections skip it; later ones come less often and stay short.
 
-    Nothing is collected before: that would walk the whole state, and a start leaves little garbage.
+    Nothing is collected before: that would walk the whole state, and a start leaves little garbage. A collection of
+    the middle generation walks up to the product of the first two thresholds, 100,000 objects in about 10 ms; with a
+    million, as 10,000 agents brought them, it stood still for 300 ms.
     """
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(10_000, 10, 100)
