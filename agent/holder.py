@@ -5,7 +5,8 @@ socket 0600; only the same user (or root) is answered. A second holder on a live
 held at start: the agent asks again for what it wants. In the default mode the pages are those of the store's own
 files, so there is no second copy and engines open the same paths. With `--tmpfs DIR` (a tmpfs, best mounted with
 huge=within_size) files are copied there first, for nodes without a disk of their own. Requests and answers:
-agent/holder_protocol.py. SIGTERM and `Stop` release everything.
+agent/holder_protocol.py. SIGTERM and `Stop` release everything. A holder whose socket file was removed makes it again;
+where it cannot, or another holder listens there, it ends: nobody could ever ask it to let go.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from common.errors import Cancelled, HerderError, Internal, MemoryFull, NotFound
 CONNECTIONS = 16
 REPORT_S = 0.25
 WATCH_S = 30.0
+ACCEPT_S = 0.2  # also how soon a stop, or the loss of the socket's file, is noticed
 FLOOR_BYTES = 256 << 20  # of available memory (also inside cgroup limits) that is never taken
 COPY_BYTES = 16 << 20
 
@@ -363,16 +365,23 @@ def listen(path: Path) -> socket.socket | None:
     return listener
 
 
-def serve(holder: Holder, listener: socket.socket) -> None:
-    """Answers agents until told to stop."""
+def serve(holder: Holder, listener: socket.socket, path: Path) -> None:
+    """Answers agents until told to stop, or until none could find it any more."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=holder.watch, name="watch", daemon=True).start()
     slots = threading.BoundedSemaphore(CONNECTIONS)
-    listener.settimeout(0.2)
+    mark = _mark(path)
     while not stop.is_set():
+        if _mark(path) != mark:
+            listener.close()
+            found = _listen_again(path)
+            if found is None:
+                break
+            listener, mark = found, _mark(path)
+        listener.settimeout(ACCEPT_S)
         try:
             channel, _ = listener.accept()
         except TimeoutError:
@@ -384,6 +393,37 @@ def serve(holder: Holder, listener: socket.socket) -> None:
         channel.settimeout(None)
         threading.Thread(target=_talk, args=(holder, channel, stop, slots), name="agent", daemon=True).start()
     holder.release_all()
+    if mark is not None and _mark(path) == mark:
+        path.unlink(missing_ok=True)
+    listener.close()
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
+    """Which file lies there; None when none does."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _listen_again(path: Path) -> socket.socket | None:
+    """Our socket's file was removed, so that no agent can find what is held: a new one, with the holdings kept.
+
+    None, and so the end, when another holder has taken its place or the state directory is gone.
+    """
+    why = "its directory is gone"
+    if path.parent.is_dir():
+        try:
+            found = listen(path)
+        except OSError as error:
+            why = str(error)
+        else:
+            if found is not None:
+                return found
+            why = "another holder has taken its place"
+    sys.stderr.write(f"the socket was removed and {why}: the RAM tier is let go\n")
+    return None
 
 
 def _talk(holder: Holder, channel: socket.socket, stop: threading.Event, slots: threading.Semaphore) -> None:
@@ -409,8 +449,7 @@ def main() -> int:
         return 3
     with contextlib.suppress(OSError):
         os.setsid()  # a signal to the agent's group is not for us
-    serve(Holder(options.budget, options.tmpfs), listener)
-    options.socket.unlink(missing_ok=True)
+    serve(Holder(options.budget, options.tmpfs), listener, options.socket)
     return 0
 
 

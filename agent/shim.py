@@ -16,8 +16,8 @@ SIGTERM, SIGINT and SIGHUP go to the engine's group; the shim itself ends only w
 With `stop_after_ms` the engine must not outlive the head's lease by more than that, because the head starts another
 one elsewhere once it has passed. The agent sees to it; the shim does where the agent is dead or stuck. `lease` names
 the file in which the agent notes until when the lease holds ({"boot_id", "until_boottime_ms", "again"}, the number
-twice since it is written in place). What cannot be read renews nothing. Should the shim itself be killed, the kernel
-kills such an engine.
+twice since it is written in place). What cannot be read renews nothing; at the start the present stands for it. Should
+the shim itself be killed, the kernel kills such an engine.
 """
 
 from __future__ import annotations
@@ -158,8 +158,9 @@ class Lease:
     def __init__(self, spec: dict[str, Any]) -> None:
         self.path = str(spec.get("lease") or "")
         self.stop_after_ms = int(spec.get("stop_after_ms") or 0)
-        self.until_ms = boottime_ms()
         self.boot_id = boot_id()
+        # An engine that is started late in a lost lease must not get all of stop_after again.
+        self.until_ms = self.noted_ms() or boottime_ms()
 
     def left_ms(self) -> int:
         """How long the engine may run on as far as is known; the note is read only when that seems to be over."""

@@ -8,6 +8,7 @@ import functools
 import mmap
 import os
 import random
+import shutil
 import signal
 import socket
 import stat
@@ -68,9 +69,9 @@ class Program:
             command = ["setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock", *command]
             command = ["prlimit", "--memlock=65536:65536", *command]
         self.process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        eventually(self._answers)
+        eventually(self.answers)
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
             probe.connect(str(self.path))
             return True
@@ -204,6 +205,37 @@ def test_second_holder_gives_way(holder: Program) -> None:
     command = [sys.executable, "-P", "-m", "agent.holder", "--socket", str(holder.path), "--budget", "1"]
     assert subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=30).returncode == 3
     HolderClient(holder.path).close()
+
+
+def test_a_removed_socket_is_made_again(holder: Program, model: Path) -> None:
+    """When somebody removes the socket, the holder makes it anew and still holds what it held."""
+    client = HolderClient(holder.path)
+    assert client.ask(functools.partial(protocol.Hold, key="m@1", directory=str(model))).error is None
+    holder.path.unlink()
+    eventually(holder.answers)
+    assert stat.S_IMODE(holder.path.stat().st_mode) == 0o600
+    successor = HolderClient(holder.path)
+    (held,) = successor.ask(protocol.List).holdings
+    assert (held.key, held.is_complete) == ("m@1", True)
+    assert client.ask(protocol.List).holdings[0].key == "m@1"  # the connection of before goes on
+    client.close()
+    successor.close()
+
+
+def test_a_holder_that_nobody_can_find_ends(tmp_path: Path) -> None:
+    """Its directory gone, or another holder in its place: it ends, and leaves the other's socket alone."""
+    lost = Program(tmp_path / "lost" / "holder.sock", MIB)
+    shutil.rmtree(tmp_path / "lost")
+    assert lost.process.wait(timeout=20) == 0
+    assert not (tmp_path / "lost").exists()
+    first = Program(tmp_path / "run" / "holder.sock", MIB)
+    first.process.send_signal(signal.SIGSTOP)
+    first.path.unlink()
+    second = Program(first.path, MIB)
+    first.process.send_signal(signal.SIGCONT)
+    assert first.process.wait(timeout=20) == 0
+    HolderClient(second.path).close()
+    second.stop()
 
 
 def test_stop(holder: Program) -> None:

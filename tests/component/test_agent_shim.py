@@ -209,6 +209,14 @@ def test_engine_ends_when_the_lease_is_not_renewed(run: Run) -> None:
     assert "no head for 0.3 s" in str(end["halted"])
 
 
+def test_a_start_does_not_renew_the_lease(run: Run) -> None:
+    """An engine that is started when stop_after has nearly passed has what is left of it, and no more."""
+    note_of(run).write(boottime_ms() - 58_000)
+    end = run.start(TRAPPED, **halting(run, 60_000)).end()
+    assert end["exit_code"] == 5
+    assert "no head for 60 s" in str(end["halted"])
+
+
 def test_renewed_lease_keeps_the_engine(run: Run) -> None:
     """While somebody renews the note the engine runs on, whichever agent process that is; then it ends."""
     note = note_of(run)
