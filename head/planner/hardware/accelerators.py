@@ -133,7 +133,7 @@ def find_accelerator(name: str) -> Accelerator | None:
         whole = find_accelerator(name[: share.start()])
         return None if whole is None else _mig_share(whole, int(share[1]), int(share[2]))
     plain = re.sub(r"\([^()]*\)", " ", name)
-    for spelling in (name, plain):
+    for spelling in (name, plain, re.sub(r"(?i)\bsxm\d\b", "sxm", plain)):
         if exact := _by_alias().get(_squeezed(spelling)):
             return exact
     return _by_words(plain)
@@ -222,7 +222,7 @@ def _of_row(row: dict[str, Any], price_source: str) -> Accelerator:
 
 def _squeezed(name: str) -> str:
     """Letters and digits only, without the vendor's and family's decoration."""
-    words = re.findall(r"[a-z]+|\d+", re.sub(r"\bsxm\d\b", "sxm", name.lower()))
+    words = re.findall(r"[a-z]+|\d+", name.lower())
     decoration = {"nvidia", "amd", "intel", "google", "aws", "instinct", "geforce", "tesla", "corporation", "habana"}
     return "".join(word for word in words if word not in decoration)
 
