@@ -60,13 +60,14 @@ class Pair:
         self.url = ""
         self.running: list[subprocess.Popen[bytes]] = []
 
-    def spawn(self, name: str, *arguments: str, **settings: object) -> Path:
+    def spawn(self, name: str, *arguments: str, limits: str = "", **settings: object) -> Path:
         """Starts `python -m head` or `agent` with a configuration; gives the path of what it says."""
         config, said = self.root / f"{name}.yaml", self.root / f"{name}.log"
         config.write_text(yaml.safe_dump({"state_dir": str(self.root / name), **settings}))
+        module = ["tests.e2e.scaled", name, limits] if limits else [name]
         with said.open("wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", name, "--config", str(config), *arguments],
+                [sys.executable, "-P", "-m", *module, "--config", str(config), *arguments],
                 env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
                 stdout=output,
                 stderr=output,
@@ -85,10 +86,11 @@ class Pair:
         assert match is not None
         self.url = match[1]
 
-    def agent(self, tls: dict[str, str], url: str = "") -> Path:
-        """Starts the agent."""
+    def agent(self, tls: dict[str, str], url: str = "", limits: str = "") -> Path:
+        """Starts the agent; limits: other than the real ones, as JSON."""
         return self.spawn(
             "agent",
+            limits=limits,
             head_url=url or self.url,
             node_id="n1",
             token_file=str(self.root / "head/join.token"),
@@ -190,6 +192,25 @@ def test_expired_client_certificate(pair: Pair, good: Authority) -> None:
     """An expired client certificate is told as such."""
     pair.head(good.sign("head"), good.certificate)
     assert "our client certificate, which has expired" in complaint(pair.agent(of(good, good.sign("old", days=-1))))
+
+
+def test_renewed_certificates_are_read_at_the_next_attempt(pair: Pair, good: Authority, other: Authority) -> None:
+    """An agent whose CA and client certificate are wrong needs no restart once both files are right."""
+    pair.head(good.sign("head"), good.certificate)
+    (pair.root / "ca.crt").write_bytes(other.certificate.read_bytes())
+    shown = [pair.root / "n1.crt", pair.root / "n1.key"]
+    for path, made in zip(shown, good.sign("late", days=-1), strict=True):
+        path.write_bytes(made.read_bytes())
+        path.chmod(0o600)
+    tls = {"ca": str(pair.root / "ca.crt"), "cert": str(shown[0]), "key": str(shown[1])}
+    said = pair.agent(tls, limits='{"RECONNECT_REFUSED_MS": 300, "RECONNECT_CAP_MS": 300}')
+    assert "is signed by a CA that is not in tls.ca" in complaint(said)
+    (pair.root / "ca.crt").write_bytes(good.certificate.read_bytes())
+    wait_for(lambda: "our client certificate, which has expired" in said.read_text(), "the next complaint")
+    for path, made in zip(shown, good.sign("n1"), strict=True):
+        path.write_bytes(made.read_bytes())
+    wait_for(lambda: "session open" in said.read_text(), "a session")
+    assert "Traceback" not in said.read_text()
 
 
 def test_https_to_a_head_without_tls(pair: Pair, good: Authority) -> None:

@@ -84,6 +84,28 @@ def test_holder_is_killed(cluster: Cluster, n1: Agent) -> None:
     assert cluster.wait_copy("held", "n1:dram", "ready").is_locked
 
 
+def test_ram_tier_outlives_the_agent(cluster: Cluster, n1: Agent) -> None:
+    """After kill -9 of the agent the holder keeps what it holds; the next agent finds it, empty ones as well."""
+    cluster.make_model("kept", 3_000_000)
+    cluster.client.wait_job(cluster.client.copy("kept", "n1:dram"), timeout_s=40)
+    holder = n1.child("agent.holder")
+    n1.kill()
+    assert _locked_bytes(holder) >= 3_000_000
+    n1.start()
+    assert cluster.wait_copy("kept", "n1:dram", "ready").is_locked
+    assert n1.child("agent.holder") == holder
+    for copy in cluster.client.copies(node="n1", state="ready").all():
+        if copy.device == "n1:dram":
+            cluster.client.wait_job(cluster.client.delete_copy(copy.model, copy.device), timeout_s=40)
+    until(lambda: _locked_bytes(holder) == 0, "a holder that holds nothing")
+    n1.kill()
+    assert is_alive(holder)
+    n1.start()
+    cluster.client.wait_job(cluster.client.copy("kept", "n1:dram"), timeout_s=40)
+    assert n1.child("agent.holder") == holder
+    assert _locked_bytes(holder) >= 3_000_000
+
+
 def _locked_bytes(pid: int) -> int:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmLck:"):
