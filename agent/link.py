@@ -30,7 +30,15 @@ from common.telemetry import fields
 log = logging.getLogger(__name__)
 PATH = "/api/v1/agent"
 FATAL = frozenset(
-    {"wrong_cluster", "protocol_unsupported", "unauthenticated", "forbidden", "invalid_request", "invalid_name"}
+    {
+        "wrong_cluster",
+        "stale_head",
+        "protocol_unsupported",
+        "unauthenticated",
+        "forbidden",
+        "invalid_request",
+        "invalid_name",
+    }
 )
 FATAL_STATUS = frozenset({400, 401, 403, 404, 426})
 WRITE_TIMEOUT_S = 30.0

@@ -14,6 +14,7 @@ import base64
 import binascii
 import hashlib
 import struct
+from abc import abstractmethod
 from typing import Any, cast
 
 from aiohttp import web
@@ -46,13 +47,13 @@ class Socket(asyncio.Protocol):
         self._is_held = False
         self._timer: asyncio.TimerHandle | None = None
 
+    @abstractmethod
     def message(self, payload: bytes) -> None:
         """A whole message."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ended(self) -> None:
         """The connection is gone."""
-        raise NotImplementedError
 
     # sending
     def write_close(self, code: int, reason: bytes = b"") -> None:

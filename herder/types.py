@@ -186,6 +186,7 @@ class NodeView(Answer, frozen=True):
     telemetry: dict[str, Any] | None
     copies: int
     replicas: int
+    unknown_copies: int = 0  # in its store, but of no registered model: Herder leaves them alone; `herder why node`
 
 
 class DrainNode(Request, frozen=True):

@@ -30,7 +30,7 @@ def opened(turn: Turn, event: SessionOpened) -> None:
         turn.emit(CloseSession(event.session_id, "wrong_cluster", "the head is of another cluster than this state"))
         return
     if welcome.head_epoch < meta.max_head_epoch:
-        turn.emit(CloseSession(event.session_id, "stale_generation", "an older head than one seen before"))
+        turn.emit(CloseSession(event.session_id, "stale_head", "an older head than one seen before"))
         return
     seen = Meta(meta.boot_id, welcome.cluster_id, welcome.head_epoch)
     if seen != meta:

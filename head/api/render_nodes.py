@@ -77,6 +77,7 @@ def _node_view(
         telemetry=telemetry,
         copies=len(state.copies_by_node.get(node.id, ())),
         replicas=len(state.replicas_by_node.get(node.id, ())),
+        unknown_copies=len(live.unknown_copies) if live is not None else 0,
     )
 
 

@@ -13,6 +13,7 @@ from common.errors import (
     NotFound,
     ServiceNotFound,
 )
+from common.wire import CopyStatus
 from head.core import commands, drains, node_facts, placement, replica_facts, service_specs, service_views
 from head.core.objects import Copy, Job, Node, Replica, Service
 from head.core.state import STEP_ENDED, State
@@ -173,7 +174,18 @@ def _node_words(state: State, node: Node, now_ms: int) -> str:
         words.append(f"{left} replicas are left to drain, {seconds} s to its deadline")
     if not node.inventory.gpus and node.inventory.gpu_reason:
         words.append(f"no GPUs: {node.inventory.gpu_reason}")
+    if live is not None and live.unknown_copies:
+        words.append(_unknown_words(live.unknown_copies))
     return "; ".join(words)
+
+
+def _unknown_words(unknown: tuple[CopyStatus, ...]) -> str:
+    """Copies that the node has and the head has no model for: they take room, and are never touched."""
+    held = sum(max(0, copy.bytes_total) for copy in unknown)
+    named = [f"{copy.model[:200]}@{copy.revision[:64]} ({copy.storage[:20]}, {copy.state[:20]})" for copy in unknown]
+    more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
+    words = f"{len(unknown)} copies in its store are of no registered model and stay as they are"
+    return f"{words} ({held} bytes): {', '.join(named[:_LISTED])}{more}; register the model to take them in"
 
 
 def _model(state: State, key: str, now_ms: int) -> Why:

@@ -49,7 +49,7 @@ class TestFences:
         node.epoch = 4
         node.open()
         closed = [effect for effect in node.effects if isinstance(effect, fx.CloseSession)]
-        assert closed[0].code == "stale_generation"
+        assert closed[0].code == "stale_head"
         assert not node.state.session_id
 
     def test_other_cluster_is_refused(self, node: Node) -> None:

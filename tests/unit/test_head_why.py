@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from common import wire
 from common.errors import EngineFailed, ErrorInfo
 from head.core.events import CordonRequested, DrainRequested
 from herder import types as api
@@ -131,3 +132,19 @@ class TestOthers:
     def test_what_is_not_there_is_said_so(self, kind: str, code: str) -> None:
         """Each kind has its own code."""
         assert new_world().ask_why(kind, "ghost").code == code
+
+
+def test_a_node_says_what_it_holds_that_nobody_registered() -> None:
+    """Copies of no registered model take room and are left alone: their number, bytes and first names are told."""
+    world = new_world()
+    live = world.state.live["n2"]
+    assert "registered" not in why(world, "node", "n2").reason
+    live.unknown_copies = tuple(
+        wire.CopyStatus(f"lost/m{number}", "main", "disk", "ready", bytes_total=GIB) for number in range(7)
+    )
+    said = why(world, "node", "n2").reason
+    assert f"7 copies in its store are of no registered model and stay as they are ({7 * GIB} bytes)" in said
+    assert "lost/m0@main (disk, ready)" in said
+    assert "lost/m4" in said
+    assert "lost/m5" not in said
+    assert "and 2 more" in said

@@ -122,6 +122,9 @@ def test_a_node_shows_presence_labels_and_drain() -> None:
     assert (view.state, view.drain, view.drain_deadline_ms) == ("online", "draining", 9)
     assert view.labels == {"rack": "a", "gpu": "h100"}
     assert view.inventory["hostname"] == "n1"
+    assert view.unknown_copies == 0
+    state.live["n1"].unknown_copies = (wire.CopyStatus("x", "main", "disk", "ready"),)
+    assert render_nodes.node_view(state, state.nodes["n1"], NOW_MS).unknown_copies == 1
     gone = state_of(node(status="unreachable", is_drained=True))
     assert render_nodes.node_view(gone, gone.nodes["n1"], NOW_MS).drain == "drained"
     assert render_nodes.node_view(gone, gone.nodes["n1"], NOW_MS).state == "unreachable"
