@@ -215,6 +215,18 @@ class NoReplicaReady(Unavailable):
     code = "no_replica_ready"
 
 
+class EngineStopped(Unavailable):
+    """The engine was stopped while it answered, after it had been given time to finish."""
+
+    code = "engine_stopped"
+
+
+class GatewayFull(Unavailable):
+    """The requests on their way fill the gateway's memory."""
+
+    code = "gateway_full"
+
+
 class TimedOut(HerderError):
     """The outcome is unknown: it may still happen."""
 
@@ -268,6 +280,12 @@ class SourceFailed(HerderError):
 
 class SourceRefused(HerderError):
     code, status = "source_refused", 502
+
+
+class AddressRefused(SourceRefused):
+    """The address is link-local or a cloud's metadata service, which nothing may be fetched from unless configured."""
+
+    code = "address_refused"
 
 
 class ExtraMissing(HerderError):

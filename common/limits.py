@@ -43,6 +43,9 @@ JOBS_PRUNED_PER_TICK = 200
 # HTTP
 BODY_BYTES = 1_048_576  # control plane; a larger body is 413 before it is read
 GATEWAY_BODY_BYTES = 33_554_432  # prompts with images
+GATEWAY_BODY_GRACE_S = 15.0  # for the beginning of a body, before its pace counts
+GATEWAY_BODY_BYTES_PER_S = 16_384  # a slower sender is not waited for
+GATEWAY_BODY_S = 120.0  # for a whole body, however steadily it comes
 PAGE_ITEMS = 500
 PAGE_ITEMS_DEFAULT = 100
 WAIT_S = 3_600  # ?wait=
@@ -55,7 +58,7 @@ IDEMPOTENCY_KEY_CHARS = 128
 YAML_BYTES = 524_288  # job files; PyYAML needs about 10 s of a thread for 1 MB
 YAML_NODES = 100_000  # after aliases are expanded, which is what a bomb multiplies
 BODY_READ_S = 30.0  # a whole control-plane body
-HEADER_READ_S = 75.0  # request line and headers, and idle keep-alive connections
+KEEP_ALIVE_IDLE_S = 75.0  # for the next request on a connection (setting of the head); longer than usual proxies keep one
 LINGER_S = 1.0  # how long the rest of a refused body is read and thrown away before the connection ends
 SUBMIT_S = 30.0  # a change on its way to the disk; after it the outcome is unknown
 STREAM_WRITE_S = 30.0  # a reader of events or logs that takes nothing for so long is closed

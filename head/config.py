@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from common import limits
 from common.config import default_state_dir, load_config
 from common.errors import InvalidConfig
 
@@ -42,6 +43,17 @@ class GatewayConfig(Group, frozen=True):
     first_byte_timeout_s: Seconds = 600.0  # a long prompt on a slow machine
     idle_timeout_s: Seconds = 120.0  # between two pieces of a stream
     in_flight_max: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 10_000  # requests at once; over it: 429
+    bodies_bytes_max: Annotated[int, msgspec.Meta(ge=limits.GATEWAY_BODY_BYTES)] = 256 << 20  # in all; over it: 503
+    drain_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = limits.DRAIN_MS / 1000  # of a stopped engine
+
+
+class DoorConfig(Group, frozen=True):
+    """Connections, before anybody has shown a token. 0: by the descriptors that the process may have."""
+
+    connections_max: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0  # 0: two thirds of the descriptors
+    connections_per_address_max: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0  # 0: half of connections_max
+    header_timeout_s: Seconds = 20.0  # for the first request's line and headers, and for a TLS handshake
+    keep_alive_s: Seconds = limits.KEEP_ALIVE_IDLE_S  # for the next request on a connection
 
 
 class HeadConfig(Group, frozen=True):
@@ -54,6 +66,7 @@ class HeadConfig(Group, frozen=True):
     tls: TlsConfig = TlsConfig()
     metrics_open: bool = False
     recipes_dir: str = ""  # empty: the recipes that come with Herder
+    door: DoorConfig = DoorConfig()
     gateway: GatewayConfig = GatewayConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"

@@ -157,7 +157,9 @@ class Daemon:
             self.context.gateway_routes = _gateway_routes(self.context)
         driver.start(sessions)
         stack.push_async_callback(driver.stop, DRIVER_END_S)
-        driver.post(HeadStarted(ids.fresh("cluster"), secrets.token_bytes(32), recipes))
+        gateway = settings.gateway
+        drain_ms = round(gateway.drain_timeout_s * 1000) if gateway.enabled else 0
+        driver.post(HeadStarted(ids.fresh("cluster"), secrets.token_bytes(32), recipes, drain_ms))
         await driver.settled()
         if driver.is_read_only:
             raise StateReadOnly("the journal cannot be written", hint="is there space on the head's disk?")
@@ -180,6 +182,9 @@ class Daemon:
         self._door = Door(self.config, self._build_app(self.context))
         stack.push_async_callback(self._door.close)
         await self._door.open()
+        registry, crowd = self.context.metrics.registry, self._door.crowd
+        registry.register(crowd)
+        stack.callback(registry.unregister, crowd)
         self.url = self._door.url
         endpoint = self.config.state_path / ENDPOINT_FILE
         write_secret(endpoint, self.url)

@@ -1,8 +1,8 @@
 """The door: listening, and closing connections that never ask for anything.
 
-aiohttp limits how long an idle connection may wait for its next request, but not how long it may take to send the
-first one. Whoever opens connections and says nothing, or one byte a minute, would keep them for ever; a sweep ends
-them after HEADER_READ_S.
+How many connections there may be stands in `head/crowd.py`. Whoever opens one and says nothing, or one byte a minute,
+is shown out by a sweep after `door.header_timeout_s`; who has asked may keep it for `door.keep_alive_s` between two
+requests, which is longer, because proxies keep connections for the next of their clients.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from common.errors import HerderError, InvalidConfig, PortTaken
 from common.telemetry import fields
 from head import config
 from head.config import HeadConfig
+from head.crowd import Crowd, GuestRunner
 
 log = logging.getLogger(__name__)
 LISTEN_BACKLOG = 4_096
@@ -63,6 +64,26 @@ def _http_log() -> logging.Logger:
     return logger
 
 
+class _Site(web.TCPSite):
+    """aiohttp's site, with a time for TLS handshakes (asyncio's own is a minute)."""
+
+    handshake_s: float | None = None
+
+    async def start(self) -> None:
+        await web.BaseSite.start(self)
+        loop = asyncio.get_running_loop()
+        server = self._runner.server
+        assert server is not None
+        self._server = await loop.create_server(
+            server,
+            self._host,
+            self._port,
+            ssl=self._ssl_context,
+            backlog=self._backlog,
+            ssl_handshake_timeout=self.handshake_s,
+        )
+
+
 class Door:
     """One listening address and the application behind it."""
 
@@ -71,12 +92,14 @@ class Door:
         self.url = settings.url
         self._silent: dict[Any, int] = {}  # connections without a request yet -> when they were first seen
         self._site: web.TCPSite | None = None
-        self._runner = web.AppRunner(
+        self.crowd = Crowd(settings.door)
+        self._runner = GuestRunner(
             app,
+            self.crowd,
             handle_signals=False,
             logger=_http_log(),
             access_log=None,
-            keepalive_timeout=limits.HEADER_READ_S,
+            keepalive_timeout=settings.door.keep_alive_s,
             lingering_time=limits.LINGER_S,
             shutdown_timeout=HANDLERS_END_S,
         )
@@ -86,7 +109,9 @@ class Door:
         settings = self.config
         await self._runner.setup()
         tls = config.ssl_context(settings.tls)
-        self._site = web.TCPSite(self._runner, settings.host, settings.port, ssl_context=tls, backlog=LISTEN_BACKLOG)
+        self._site = _Site(self._runner, settings.host, settings.port, ssl_context=tls, backlog=LISTEN_BACKLOG)
+        if tls is not None:
+            self._site.handshake_s = settings.door.header_timeout_s
         try:
             await self._site.start()
         except OSError as error:
@@ -111,16 +136,15 @@ class Door:
             self.sweep(boottime_ms())
 
     def sweep(self, now_ms: int) -> int:
-        """Ends connections whose first request is not there after HEADER_READ_S; returns how many."""
+        """Ends connections whose first request is not there after `door.header_timeout_s`; returns how many."""
         server = self._runner.server
         if server is None:
             return 0
         # the count is aiohttp's own and private; should it ever go away, nobody is ended
         silent = [handler for handler in server.connections if getattr(handler, "_request_count", 1) == 0]
         self._silent = {handler: self._silent.get(handler, now_ms) for handler in silent}
-        late = [
-            handler for handler, since_ms in self._silent.items() if now_ms - since_ms > limits.HEADER_READ_S * 1000
-        ]
+        patience_ms = self.config.door.header_timeout_s * 1000
+        late = [handler for handler, since_ms in self._silent.items() if now_ms - since_ms > patience_ms]
         for handler in late:
             handler.force_close()
         if late:

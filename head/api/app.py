@@ -82,7 +82,7 @@ def build_app(context: HeadContext) -> web.Application:
         handler_args={
             "access_log": None,
             "auto_decompress": False,  # no gzip bombs; compressed bodies are refused, or passed on by the gateway
-            "keepalive_timeout": limits.HEADER_READ_S,
+            "keepalive_timeout": context.config.door.keep_alive_s,
             "lingering_time": limits.LINGER_S,
         },
     )

@@ -13,7 +13,6 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from ipaddress import IPv6Address, ip_address
 
 from aiohttp import web
 from aiohttp.typedefs import Middleware
@@ -31,6 +30,7 @@ from common.errors import (
     Unavailable,
 )
 from head import auth
+from head.addresses import network
 from head.api.audit import AuditLine, AuditLog
 from head.api.call import NOBODY, Call, error_body
 from head.auth import Principal
@@ -64,7 +64,7 @@ class Throttle:
 
     def failed(self, address: str | None) -> int:
         """Notes a failure. Returns seconds to wait when the address has used up its minute, else 0."""
-        now, place = self._clock(), _network(address)
+        now, place = self._clock(), network(address)
         since, count = self._seen.get(place, (now, 0))
         if now - since >= 60:
             since, count = now, 0
@@ -73,19 +73,6 @@ class Throttle:
         if len(self._seen) > limits.AUTH_ADDRESSES:
             self._seen.popitem(last=False)
         return max(1, round(60 - (now - since))) if count >= limits.AUTH_FAILURES_PER_MINUTE else 0
-
-
-def _network(address: str | None) -> str:
-    """The address, or its /64 for IPv6, of which one person has many."""
-    try:
-        parsed = ip_address((address or "").partition("%")[0])
-    except ValueError:
-        return "unknown"
-    if isinstance(parsed, IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            return str(parsed.ipv4_mapped)
-        return str(IPv6Address(int(parsed) >> 64 << 64))
-    return str(parsed)
 
 
 class Door:

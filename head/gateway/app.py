@@ -16,16 +16,12 @@ from aiohttp import web
 
 from common import limits
 from common.errors import (
-    BodyTooLarge,
     HerderError,
-    InvalidRequest,
     MethodNotAllowed,
     ModelNotFound,
     NoReplicaReady,
     NotFound,
-    TimedOut,
     TooMany,
-    UnsupportedMediaType,
     UpstreamFailed,
 )
 from head.api.call import near
@@ -34,17 +30,17 @@ from head.context import HeadContext
 from head.core.events import ModelsUsed
 from head.core.service_views import Route, is_serving, routes, service_state
 from head.core.state import State
-from head.gateway import openai
+from head.gateway import bodies, drains, openai
+from head.gateway.bodies import Body, ClientGone, Room
 from head.gateway.metering import NOBODY, Metering
 from head.gateway.probing import Prober
-from head.gateway.proxy import ClientGone, Outcome, Proxy, Timeouts, Unreachable
+from head.gateway.proxy import Outcome, Proxy, Timeouts, Unreachable
 from head.gateway.routing import FindRoutes, LeastOutstanding, Loads, Lookup, Policy, eligible
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 ROLE = "inference"
 TRIES = 3  # replicas that may refuse the connection of one request
 USED_S = 1.0  # between two ModelsUsed events
-BODY_S = 120.0  # for a client to send its whole body
 RETRY_STARTING_S = 5
 RETRY_ABSENT_S = 30
 CLIENT_GONE = 499  # nginx's status for a client that left; nobody sees it but the log
@@ -81,13 +77,17 @@ class Gateway:
         self._prober = Prober(context.driver, self._proxy.pool, context.ids.uniform)
         self._used: Counter[str] = Counter()
         self._used_timer: asyncio.TimerHandle | None = None
-        self.metering = Metering()
+        self._room = Room(settings.bodies_bytes_max)
+        self._drains = drains.Drains(self._loads, self._driver.post, self._proxy.cut)
+        self.metering = Metering(self._room)
 
     async def run(self, _app: web.Application) -> AsyncIterator[None]:
         """Lives as long as the application."""
         registry = self._context.metrics.registry
         registry.register(self.metering)
+        self._driver.drainer = self._drains
         yield
+        self._driver.drainer = None
         registry.unregister(self.metering)
         if self._used_timer is not None:
             self._used_timer.cancel()
@@ -104,12 +104,13 @@ class Gateway:
         metering = self.metering
         service, code = NOBODY, "internal"
         metering.in_flight += 1
+        body = Body(self._room)
         try:
             self._door.identify(request).require(ROLE)
             if metering.in_flight > self._in_flight_max:
                 raise TooMany(f"{self._in_flight_max} requests are on their way already", hint="try again in a moment")
-            body = await read_body(request)
-            wanted = openai.read_wanted(body)
+            await bodies.read(request, body)
+            wanted = openai.read_wanted(body.data)
             service, outcome = await self._serve(request, wanted.model, body)
             code = outcome.code
             if outcome.first_at:
@@ -134,6 +135,7 @@ class Gateway:
                 raise failure from error  # the answer has begun: the middleware cuts the connection
             return openai.error_response(failure)
         finally:
+            body.drop()
             metering.in_flight -= 1
             metering.disconnects += code == "client_gone"
             metering.count(service, request.path, code, loop.time() - began)
@@ -177,7 +179,7 @@ class Gateway:
 
     # the way of a request
 
-    async def _serve(self, request: web.Request, name: str, body: bytes) -> tuple[str, Outcome]:
+    async def _serve(self, request: web.Request, name: str, body: Body) -> tuple[str, Outcome]:
         """The answer of a replica. Raises: HerderError with the service in its details; ClientGone."""
         tried: set[str] = set()
         while True:
@@ -185,12 +187,15 @@ class Gateway:
             loads = self._loads
             loads.begin(route.replica)
             try:
-                sent = body if name == route.served_name else openai.with_model(body, route.served_name)
-                outcome = await self._proxy.forward(request, route, sent, request.get(REQUEST_ID, ""))
+                outcome = await self._proxy.forward(request, route, name, body, request.get(REQUEST_ID, ""))
             except Unreachable:
                 self._set_aside(route, tried)
                 continue
             except UpstreamFailed as error:
+                if not drains.is_routed(self._driver.state, route):
+                    failure = drains.stopped(route.replica)
+                    failure.details["service"] = route.service
+                    raise failure from None
                 self._prober.doubt(route)
                 error.details["service"] = route.service
                 raise
@@ -199,6 +204,8 @@ class Gateway:
                 raise
             finally:
                 loads.end(route.replica)
+                if self._drains.waiting:
+                    self._drains.ended(route.replica)
             self._note_used(route.replica)
             return route.service, outcome
 
@@ -217,7 +224,12 @@ class Gateway:
                     hint="`herder replicas` shows them",
                 )
             route = self._policy.choose(candidates, self._loads)
-            if not wants_probe or await self._prober.is_healthy(route):
+            if not wants_probe:
+                return route
+            is_healthy = await self._prober.is_healthy(route)
+            if not drains.is_routed(self._driver.state, route):
+                continue  # it was told to stop meanwhile
+            if is_healthy:
                 return route
             tried.add(route.replica)
 
@@ -245,37 +257,6 @@ class Gateway:
         self._used_timer = None
         used, self._used = self._used, Counter()
         self._driver.post(ModelsUsed(dict(used)))
-
-
-async def read_body(request: web.Request) -> bytes:
-    """The body as the client sent it. Raises: BodyTooLarge, UnsupportedMediaType, InvalidRequest, TimedOut."""
-    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise UnsupportedMediaType("a compressed body is not accepted here", hint="send it as it is")
-    length = request.content_length
-    if length is not None and length > limits.GATEWAY_BODY_BYTES:
-        raise _too_large()
-    content = request.content
-    if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
-        request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-    try:
-        data = content.read_nowait()
-        if content.at_eof():
-            return data
-        parts, size = [data], len(data)
-        async with asyncio.timeout(BODY_S):
-            while not content.at_eof():
-                data = await content.readany()
-                size += len(data)
-                if size > limits.GATEWAY_BODY_BYTES:
-                    raise _too_large()
-                parts.append(data)
-        return b"".join(parts)
-    except TimeoutError:
-        raise TimedOut(f"the body did not arrive within {BODY_S:g} s") from None
-    except web.RequestPayloadError:
-        raise InvalidRequest("the body is broken") from None
-    except ConnectionError:
-        raise ClientGone from None
 
 
 def absent(state: State, name: str) -> HerderError:
@@ -306,10 +287,6 @@ def _reason(state: State, service: str) -> str:
     held = state.services[service]
     said = held.reason or (held.error.message if held.error is not None else "")
     return f" ({said[:200]})" if said else ""
-
-
-def _too_large() -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than {limits.GATEWAY_BODY_BYTES} bytes")
 
 
 def _model(state: State, name: str) -> dict[str, object]:

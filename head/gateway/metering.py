@@ -14,6 +14,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from head.gateway.bodies import Room
+
 SERVICES = 1_000  # label values; what comes after them is counted together
 OTHER = "other"
 NOBODY = ""  # the request named nothing that exists
@@ -50,8 +52,9 @@ class Histogram:
 class Metering(Collector):
     """The gateway's counters."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: Room) -> None:
         self.in_flight = 0
+        self._room = room
         self.requests: Counter[tuple[str, str, str]] = Counter()  # service, path, code
         self.tokens: Counter[tuple[str, str]] = Counter()  # service, kind
         self.ttft: dict[str, Histogram] = {}
@@ -110,6 +113,9 @@ class Metering(Collector):
         )
         yield _histogram("herder_gateway_duration_seconds", "From a request to its answer's end.", self.duration)
         yield GaugeMetricFamily("herder_gateway_in_flight", "Requests on their way.", value=self.in_flight)
+        yield GaugeMetricFamily(
+            "herder_gateway_bodies_bytes", "Memory of the request bodies that are held.", value=self._room.held
+        )
         yield CounterMetricFamily(
             "herder_gateway_client_disconnects", "Clients that left before their answer was whole.", self.disconnects
         )

@@ -19,6 +19,7 @@ from aiohttp import HttpVersion11, web
 from common.errors import HerderError, TimedOut, UpstreamFailed
 from head.core.service_views import Route
 from head.gateway import openai
+from head.gateway.bodies import Body, ClientGone
 from head.gateway.http1 import Head
 from head.gateway.upstream import Connection, Pool
 
@@ -55,10 +56,6 @@ class Unreachable(Exception):
     """The engine accepts no connection; the request has not left."""
 
 
-class ClientGone(Exception):
-    """The client left; there is nobody to answer."""
-
-
 class Exchange:
     """One answer on its way. The engine's connection calls it; the handler waits on it."""
 
@@ -86,9 +83,11 @@ class Exchange:
         "is_paused",
         "is_ready",
         "is_sse",
+        "replica",
     )
 
-    def __init__(self, request: web.Request, connection: Connection, timeouts: Timeouts) -> None:
+    def __init__(self, request: web.Request, connection: Connection, timeouts: Timeouts, replica: str) -> None:
+        self.replica = replica
         self._loop = asyncio.get_running_loop()
         self._request = request
         self._connection = connection
@@ -180,6 +179,15 @@ class Exchange:
                 self._fail(TimedOut(f"the engine did not begin to answer within {self._timeouts.first_byte:g} s"))
             else:
                 self._fail(TimedOut(f"the engine fell silent for {self._timeouts.idle:g} s"))
+
+    def cut(self, error: HerderError) -> None:
+        """Ends an answer that may not go on, with an error that says why."""
+        if self.has_ended or self.is_gone or self.failure is not None:
+            return
+        self._connection.abort()
+        self._fail(error)
+        if self.is_paused and self._transport is not None:
+            self._transport.abort()  # it does not read: it could not be told
 
     def on_client_gone(self) -> None:
         """Ends the engine's work: nobody waits for it."""
@@ -293,27 +301,36 @@ class Proxy:
         self._timer: asyncio.TimerHandle | None = None
         self._sweep_s = min(SWEEP_S, timeouts.first_byte / 4, timeouts.idle / 4)
 
-    async def forward(self, request: web.Request, route: Route, body: bytes, request_id: str) -> Outcome:
-        """Carries out the exchange.
+    async def forward(self, request: web.Request, route: Route, name: str, body: Body, request_id: str) -> Outcome:
+        """Carries out the exchange. The body is dropped once the engine has begun to answer.
 
         Raises: Unreachable when the engine accepts no connection; UpstreamFailed, TimedOut before anything was sent
         to the client; ClientGone.
         """
         loop = asyncio.get_running_loop()
-        head = request_head(request, route, len(body), request_id)
+        data = body.named(name, route.served_name)
+        head = request_head(request, route, len(data), request_id)
         connection = await self._connect(route, is_fresh=False)
         began = loop.time()
-        exchange = await self._exchange(request, connection, head, body)
+        exchange = await self._exchange(request, route.replica, connection, head, data)
         is_stale = connection.is_reused and not connection.has_answered and loop.time() - began < STALE_S
         if is_stale and isinstance(exchange.failure, UpstreamFailed):
             # The engine closed an idle connection just as we took it: it has not seen the request.
             self._discard(exchange)
             connection = await self._connect(route, is_fresh=True)
-            exchange = await self._exchange(request, connection, head, body)
+            exchange = await self._exchange(request, route.replica, connection, head, data)
         try:
+            del data
+            body.drop()
             return await self._answer(request, exchange, route.api_key)
         finally:
             self._discard(exchange)
+
+    def cut(self, replica: str, error: HerderError) -> None:
+        """Ends what is on its way to a replica; clients are told the error where they still can be."""
+        for exchange in tuple(self._active):
+            if exchange.replica == replica:
+                exchange.cut(error)
 
     def close(self) -> None:
         """Ends idle connections and the sweep."""
@@ -332,9 +349,11 @@ class Proxy:
         except OSError as error:  # TimeoutError is one
             raise Unreachable from error
 
-    async def _exchange(self, request: web.Request, connection: Connection, head: bytes, body: bytes) -> Exchange:
+    async def _exchange(
+        self, request: web.Request, replica: str, connection: Connection, head: bytes, body: bytes
+    ) -> Exchange:
         """Sends the request and waits until the client can be answered."""
-        exchange = Exchange(request, connection, self._timeouts)
+        exchange = Exchange(request, connection, self._timeouts, replica)
         self._active.add(exchange)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._sweep_s, self._sweep)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from common import limits
+from head.config import DoorConfig
 from head.core import events as ev
 from head.core.state import State
 from head.core.turn import Turn
@@ -296,12 +297,11 @@ def test_a_body_that_never_comes_times_out(tmp_path: Path, monkeypatch: pytest.M
     run(body)
 
 
-def test_slow_headers_end_the_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_headers_end_the_connection(tmp_path: Path) -> None:
     """A client that sends its headers byte by byte is cut off at the limit, however busy it looks."""
-    monkeypatch.setattr(limits, "HEADER_READ_S", 0.3)
 
     async def body() -> None:
-        async with api_head(tmp_path) as head:
+        async with api_head(tmp_path, door=DoorConfig(keep_alive_s=0.3)) as head:
             reader, writer = await asyncio.open_connection("127.0.0.1", head.port)
             writer.write(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
             reading = asyncio.ensure_future(reader.read())

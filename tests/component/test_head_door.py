@@ -10,7 +10,6 @@ import pytest
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
-from common import limits
 from common.errors import HerderError, InvalidConfig, PortTaken
 from head import door
 from head.config import HeadConfig
@@ -29,7 +28,7 @@ RELEASE: web.AppKey[asyncio.Event] = web.AppKey("release", asyncio.Event)
 
 
 async def test_silent_connections_are_closed() -> None:
-    """One without a word and one with half a header end after HEADER_READ_S; one that is being served does not."""
+    """One without a word and one with half a header end after the header timeout; one that is being served does not."""
     app = web.Application()
     app[RELEASE] = asyncio.Event()
     app.router.add_get("/", answer)
@@ -40,7 +39,7 @@ async def test_silent_connections_are_closed() -> None:
     (silent, _), (half, half_out), (asking, asking_out) = connections
     half_out.write(b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ")
     asking_out.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-    late_ms = int(limits.HEADER_READ_S * 1000) + 1
+    late_ms = int(door.config.door.header_timeout_s * 1000) + 1
     await until(lambda: door.sweep(1_000) == 0 and len(door._silent) == 2)
     assert door.sweep(late_ms) == 0
     assert door.sweep(1_000 + late_ms) == 2

@@ -28,6 +28,7 @@ from head.core.events import Event, ReplicaProbed
 from head.core.objects import ApiKey, Model, Node, Object, Replica, Service
 from head.core.records import Record
 from head.core.state import Live, State, apply
+from head.driver import Drainer
 from head.gateway.app import attach
 from head.metrics import Metrics
 
@@ -44,6 +45,7 @@ class SmallDriver:
     def __init__(self) -> None:
         self.state = State()
         self.posted: list[Event] = []
+        self.drainer: Drainer | None = None
 
     def post(self, event: Event) -> None:
         """Remembers, and counts engines out and in."""

@@ -55,6 +55,12 @@ class StubEngine:
     connections: int = 0
     sent_bytes: int = 0
     port: int = 0
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)  # of its connections
+
+    def stop_all(self) -> None:
+        """Ends every connection, as a process that ends does."""
+        for task in tuple(self.tasks):
+            task.cancel()
 
     @property
     def requests(self) -> list[Seen]:
@@ -173,7 +179,7 @@ class StubEngine:
 async def running(engine: StubEngine | None = None, *, port: int = 0) -> AsyncIterator[StubEngine]:
     """The engine on a port of its own until the block ends."""
     engine = engine or StubEngine()
-    tasks: set[asyncio.Task[None]] = set()
+    tasks = engine.tasks
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from head.core.service_views import Route
 from head.core.state import State
+from head.gateway.bodies import Room
 from head.gateway.metering import OTHER, SERVICES, Metering
 from head.gateway.routing import FAILURE_S, FRESH_S, LeastOutstanding, Loads, Lookup, eligible
 
@@ -113,7 +114,7 @@ class TestLookup:
 class TestMetering:
     def test_labels_are_bounded(self) -> None:
         """However many services come and go, their series do not grow without end."""
-        metering = Metering()
+        metering = Metering(Room(0))
         for number in range(SERVICES + 50):
             metering.count(f"service-{number}", "/v1/completions", "ok", 0.1)
         assert metering.requests[OTHER, "/v1/completions", "ok"] == 50
@@ -121,7 +122,7 @@ class TestMetering:
 
     def test_histogram_buckets_are_cumulative(self) -> None:
         """A value on a bound counts below it, and the last bucket holds all."""
-        metering = Metering()
+        metering = Metering(Room(0))
         for seconds in (0.01, 0.02, 1000.0):
             metering.first_token("chat", seconds)
         buckets = dict(metering.ttft["chat"].buckets())
