@@ -152,9 +152,15 @@ def _field_names(cls: type[msgspec.Struct]) -> set[str]:
 
 
 class _JobLoader(yaml.SafeLoader):
-    """SafeLoader without dates: what looks like one stays text, as in JSON."""
+    """SafeLoader of what JSON can say: what looks like a date stays text, and sets, bytes and the like are refused."""
 
 
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
+_JobLoader.yaml_constructors = {
+    tag: constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag in _PLAIN_TAGS  # None: says that it does not know the tag
+}
 _JobLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -6,7 +6,8 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+import yaml
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common import limits
@@ -18,21 +19,67 @@ from head.api.models import ModelsQuery
 from head.api.routes import WaitQuery
 from herder import types as api
 
+LEAVES = st.none() | st.booleans() | st.integers() | st.text(st.characters(codec="utf-8", exclude_categories=["C"]))
+PLAIN = st.recursive(LEAVES, lambda part: st.lists(part) | st.dictionaries(st.text("abc"), part), max_leaves=10).filter(
+    lambda value: value is not None
+)
+
+
+def is_plain(value: object) -> bool:
+    """Whether it is what JSON can say."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str | int | float | bool | None) and is_plain(part) for name, part in value.items())
+    return all(map(is_plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | bool | None)
+
+
+def as_others_read(body: bytes) -> bool:
+    """Whether PyYAML finds one document there, however it would be converted."""
+    try:
+        return yaml.compose(body.decode(), yaml.SafeLoader) is not None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return False
+
+
+def check_yaml(body: bytes) -> None:
+    """Plain data from what is a document, and a refusal in one line from what is none."""
+    try:
+        value = parse_yaml(body)
+    except InvalidRequest as error:
+        said = error.message
+    else:
+        assert is_plain(value)
+        assert as_others_read(body)
+        return
+    assert "\n" not in said
+    assert len(said) < 500
+
 
 @given(st.binary(max_size=300))
+@example(b"a: [1, 0x1f, yes, ~, 2020-01-01, 1.5]")
+@example(b"\xff")
 @settings(max_examples=300)
 def test_any_bytes_are_yaml_or_refused(body: bytes) -> None:
-    """Whatever comes is data or InvalidRequest."""
-    with suppress(InvalidRequest):
-        parse_yaml(body)
+    """Whatever comes is plain data or InvalidRequest."""
+    check_yaml(body)
 
 
 @given(st.text(alphabet="&*a: []{}-<!|>\n\"'#,?", max_size=60))
+@example("&a [*a]")
+@example("{? a : [b, *c]}")
+@example("? [a]\n: b")
+@example("!!set {a, b}")
+@example("!!binary aGk=")
 @settings(max_examples=500)
 def test_any_yaml_punctuation_is_data_or_refused(text: str) -> None:
     """Structure without sense breaks nothing either."""
-    with suppress(InvalidRequest):
-        parse_yaml(text.encode())
+    check_yaml(text.encode())
+
+
+@given(PLAIN)
+@settings(max_examples=200)
+def test_plain_data_comes_through_unchanged(value: object) -> None:
+    """Of what JSON can say nothing is refused, and nothing is changed."""
+    assert parse_yaml(yaml.safe_dump(value, allow_unicode=True).encode()) == value
 
 
 def test_aliases_are_counted_as_if_written_out() -> None:

@@ -214,10 +214,15 @@ class TestStateDir:
     def test_children_do_not_inherit_the_lock(self, tmp_path: Path) -> None:
         """An engine or shim that outlives the daemon does not keep the directory locked."""
         owned = StateDir.open(tmp_path, daemon="x")
-        with subprocess.Popen(["sleep", "60"]) as child:
-            owned.close()
-            StateDir.open(tmp_path, daemon="x").close()
-            child.kill()
+        with subprocess.Popen(["sleep", "60"], close_fds=False) as child:
+            try:
+                held = {os.readlink(path) for path in Path(f"/proc/{child.pid}/fd").iterdir()}
+                owned.close()
+                StateDir.open(tmp_path, daemon="x").close()
+                assert child.poll() is None
+                assert not [name for name in held if name.startswith(str(tmp_path))]
+            finally:
+                child.kill()
 
     def test_network_file_systems_are_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Unless the operator insists."""

@@ -445,7 +445,7 @@ NodesAndCopies.TestCase.settings = settings(
 TestNodesAndCopies = NodesAndCopies.TestCase
 
 
-def walk(seed: int, steps: int) -> None:
+def walk(seed: int, steps: int) -> NodesAndCopies:
     """A long random life: hypothesis finds short ones, this one fills disks."""
     luck = random.Random(seed)
     machine = NodesAndCopies()
@@ -485,12 +485,15 @@ def walk(seed: int, steps: int) -> None:
         action()
         machine.holds()
     machine.teardown()
+    return machine
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_long_random_lives(seed: int) -> None:
     """Invariants hold all the way, and after the faults stop everything comes to rest."""
-    walk(seed, 400)
+    machine = walk(seed, 400)
+    assert machine.state.nodes
+    assert {copy.state for copy in machine.state.copies.values()} <= {"ready", "failed", "waiting"}
 
 
 class TestInvariants:

@@ -296,8 +296,11 @@ def test_a_half_made_file_is_made_again(path: Path) -> None:
     """A head killed while it made its journal leaves an empty file, which the next start takes over."""
     path.touch()
     opened = Journal.open(path)
+    assert not opened.load().models
     write(opened, record(1, "a"))
-    opened.close()
+    again = reopened(opened)
+    assert set(again.load().models) == {"a"}
+    again.close()
 
 
 def test_migration_keeps_the_old_file(journal: Journal, path: Path) -> None:

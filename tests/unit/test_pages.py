@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
@@ -74,11 +73,20 @@ def test_cursors_come_back_whole(rank: int, key: str) -> None:
     assert decode_cursor("jobs", text) == (rank, key)
 
 
-@given(st.text(min_size=1, max_size=80))
-def test_no_text_breaks_the_cursor_reader(text: str) -> None:
-    """Whatever is sent as a cursor is either one of ours or refused as a value."""
-    with suppress(InvalidValue):
-        decode_cursor("jobs", text)
+@given(st.text(min_size=1, max_size=80), st.text(max_size=20), st.integers(0, 60))
+def test_no_text_breaks_the_cursor_reader(text: str, key: str, cut: int) -> None:
+    """Whatever is sent as a cursor, noise or a broken one of ours, is a place in a list or refused as a value."""
+    ours = encode_cursor("jobs", (0, key)) or ""
+    for sent in (text, ours[:cut] + text, ours[:cut] + ours[cut + 1 :]):
+        try:
+            found = decode_cursor("jobs", sent)
+        except InvalidValue:
+            continue
+        if sent:
+            assert found is not None
+            assert decode_cursor("jobs", encode_cursor("jobs", found) or "") == found
+        else:
+            assert found is None
 
 
 def test_a_cursor_of_another_list_is_refused() -> None:
