@@ -52,6 +52,7 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     first_dense: bool = False
     is_window_optional: bool = False  # a window counts only when use_sliding_window says so
     has_window: bool = False  # a `sliding_window` of the configuration holds for every layer
+    needs: tuple[str, ...] = ()  # fields that differ between its models and have no sensible default
     defaults: dict[str, Any] = {}
 
 
@@ -79,6 +80,7 @@ _QWEN_NEXT = Family(
     has_shared_gate=True,
     cycle=("linear", "linear", "linear", "full"),
     mixer="gated_delta",
+    needs=("linear_num_value_heads",),
     defaults={
         "linear_conv_kernel_dim": 4,
         "linear_key_head_dim": 128,
@@ -90,7 +92,9 @@ _QWEN_NEXT = Family(
 )
 _GEMMA3 = Family(norms=4, qk_norm="head", is_tied=True, cycle=("sliding",) * 5 + ("full",), defaults={"head_dim": 256})
 _GEMMA4 = msgspec.structs.replace(
-    _GEMMA3, defaults={"head_dim": 256, "global_head_dim": 512, "hidden_size_per_layer_input": 256}
+    _GEMMA3,
+    needs=("hidden_size_per_layer_input",),
+    defaults={"head_dim": 256, "global_head_dim": 512, "hidden_size_per_layer_input": 256},
 )
 
 FAMILIES: dict[str, Family] = {
@@ -158,11 +162,16 @@ FAMILIES: dict[str, Family] = {
         output_bias="never",
         defaults={"first_k_dense_replace": 1, "n_shared_experts": 1},
     ),
-    "glm_moe_dsa": _DEEPSEEK,
+    "glm_moe_dsa": msgspec.structs.replace(
+        _DEEPSEEK,
+        needs=("indexer_types", "index_n_heads"),
+        defaults={**_DEEPSEEK.defaults, "index_n_heads": 32, "index_head_dim": 128, "index_topk": 2048},
+    ),
     "deepseek_v2": msgspec.structs.replace(_DEEPSEEK, defaults={"n_shared_experts": 2, "first_k_dense_replace": 0}),
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,
     "deepseek_v4": Family(
+        needs=("o_groups",),
         defaults={
             "hc_mult": 4,
             "o_lora_rank": 1024,
@@ -171,7 +180,7 @@ FAMILIES: dict[str, Family] = {
             "n_shared_experts": 1,
             "sliding_window": 128,
             "head_dim": 512,
-        }
+        },
     ),
     "kimi_k2": _DEEPSEEK,
     "minimax_m2": Family(qk_norm="full", qk_norm_field="use_qk_norm"),
@@ -185,7 +194,13 @@ FAMILIES: dict[str, Family] = {
         cycle=("sliding", "full"),
         defaults={"head_dim": 64},
     ),
-    "nemotron_h": Family(is_gated=False, norms=1, mixer="mamba2"),
+    "nemotron_h": Family(
+        is_gated=False,
+        norms=1,
+        mixer="mamba2",
+        needs=("hybrid_override_pattern",),
+        defaults={"head_dim": 128, "n_groups": 8, "ssm_state_size": 128, "n_shared_experts": 1},
+    ),
 }
 
 # Other names of the same family.

@@ -200,3 +200,12 @@ def _weights(fields: Fields) -> tuple[str, str, str]:
     if named == "fp8" and quantisation.get("weight_block_size"):
         named = "fp8_block"
     return named, dtype, ""
+
+
+def deficits(config: Mapping[str, Any]) -> list[str]:
+    """Fields that the family needs, that differ between its models, and that `config` does not say."""
+    config, _ = _text_part(config)
+    model_type = config.get("model_type")
+    family = family_of(model_type) if isinstance(model_type, str) else None
+    needs = family.needs if family else ()
+    return [name for name in needs if name not in config]
