@@ -37,6 +37,10 @@ _TUNED = {
     "static",
     "preview",
     "pretrained",
+    "quantized",
+    "tuned",
+    "tokendrop",
+    "dropless",
 }
 _QUANTISED = {
     "fp8": "fp8",
@@ -76,7 +80,7 @@ def presets() -> tuple[Preset, ...]:
 
 
 def lookup(name: str) -> Architecture:
-    """The architecture of a named model. Letter case, separators, the publisher's prefix and tuning suffixes are ignored.
+    """The architecture of a named model. Letter case, separators, publisher's prefix and tuning suffixes are ignored.
 
     A suffix that names a quantisation (-FP8, -AWQ, Q4_K_M, ...) sets the architecture's.
     Raises: InvalidValue for what cannot be a name; ModelNotFound (404) with the nearest names.
@@ -152,7 +156,13 @@ def _agreeing(config: Mapping[str, Any], name: str) -> Preset | None:
 def _agrees(known: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
     if known.get("model_type") != given.get("model_type") or "hidden_size" not in given:
         return False
-    sizes = ("hidden_size", "num_hidden_layers", "vocab_size", "num_attention_heads", "intermediate_size")
+    sizes: tuple[str, ...] = (
+        "hidden_size",
+        "num_hidden_layers",
+        "vocab_size",
+        "num_attention_heads",
+        "intermediate_size",
+    )
     sizes += ("moe_intermediate_size", "num_key_value_heads", "max_position_embeddings")
     return all(known[key] == given[key] for key in sizes if key in known and given.get(key) is not None)
 
@@ -183,6 +193,11 @@ def _index() -> dict[str, Preset]:
             index.setdefault(_key(name), preset)
     for preset in _table():
         index.setdefault(_key(preset.id.rpartition("/")[2]), preset)
+    for preset in _table():
+        words = preset.id.rpartition("/")[2].split("-")
+        while len(words) > 1 and words[-1].lower() in _TUNED:
+            words.pop()
+        index.setdefault(_key("-".join(words)), preset)
     return index
 
 
