@@ -8,7 +8,7 @@ threads. Ctrl-C while waiting ends the call at the client only; what the head ha
 from __future__ import annotations
 
 import asyncio
-import os
+import inspect
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from functools import wraps
@@ -18,13 +18,23 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from herder import types
 from herder.client import AsyncClient, succeeded
 from herder.listing import Listing, ListingSync
-from herder.settings import Settings
-from herder.transport import ATTEMPTS
 
 P = ParamSpec("P")
 R = TypeVar("R")
 CLOSE_TIMEOUT_S = 5.0
 CLOSE_TRIES = 200
+
+
+def _like(
+    constructor: Callable[Concatenate[AsyncClient, P], None],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Client, P], None]]:
+    """A constructor with the same arguments, for type checkers and `help` as well."""
+
+    def made(same: Callable[..., None]) -> Callable[Concatenate[Client, P], None]:
+        same.__signature__ = inspect.signature(constructor)  # type: ignore[attr-defined]
+        return same
+
+    return made
 
 
 def _call(
@@ -84,33 +94,10 @@ async def _close(source: AsyncGenerator[Any, None]) -> None:
 class Client:
     """A head's API. Use it in `with`, or call `close` at the end."""
 
-    def __init__(
-        self,
-        url: str | None = None,
-        *,
-        token: str | None = None,
-        token_file: str | os.PathLike[str] | None = None,
-        context: str | None = None,
-        ca_file: str | os.PathLike[str] | None = None,
-        cert_file: str | os.PathLike[str] | None = None,
-        key_file: str | os.PathLike[str] | None = None,
-        timeout_s: float = 30.0,
-        attempts: int = ATTEMPTS,
-        settings: Settings | None = None,
-    ) -> None:
+    @_like(AsyncClient.__init__)
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
         """See AsyncClient. Raises: HerderConfigError."""
-        self._async = AsyncClient(
-            url,
-            token=token,
-            token_file=token_file,
-            context=context,
-            ca_file=ca_file,
-            cert_file=cert_file,
-            key_file=key_file,
-            timeout_s=timeout_s,
-            attempts=attempts,
-            settings=settings,
-        )
+        self._async = AsyncClient(*args, **kwargs)
         self.settings = self._async.settings
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="herder-client", daemon=True)
@@ -225,6 +212,7 @@ class Client:
     events = _iterate(AsyncClient.events)
     story = _list(AsyncClient.story)
     why = _call(AsyncClient.why)
+    plan = _call(AsyncClient.plan)
 
     keys = _list(AsyncClient.keys)
     create_key = _call(AsyncClient.create_key)

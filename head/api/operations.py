@@ -5,7 +5,10 @@ The paths and fields of the model store that Herder replaces keep their names.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from aiohttp import web
+from msgspec.structs import replace
 
 from common.errors import InvalidValue
 from head.api import jobs
@@ -16,101 +19,71 @@ from herder import types as api
 TAG = "operations"
 
 
-async def _one_step(call: Call, step: api.JobAction, about: str) -> web.StreamResponse:
-    name = f"{step.action_type} {about}".strip()[:128]
+async def _one_step(call: Call, step: api.JobAction) -> web.StreamResponse:
+    """A job of this step alone, which bears the name of its action."""
+    step = replace(step, action_id=step.action_type)
+    name = f"{step.action_type} {step.model_name or step.target_url or ''}".strip()[:128]
     return await jobs.run(call, api.CreateJob(name=name, actions=(step,)))
 
 
 async def download(call: Call) -> web.StreamResponse:
     body = call.body(api.Download)
-    step = api.JobAction(
-        action_id="download",
-        action_type="download",
-        model_name=body.model_name,
-        source_url=body.source_url,
-        devices=(body.target_device,),
+    devices = (body.target_device,)
+    return await _one_step(
+        call,
+        api.JobAction(action_type="download", model_name=body.model_name, source_url=body.source_url, devices=devices),
     )
-    return await _one_step(call, step, body.model_name)
 
 
 async def move(call: Call) -> web.StreamResponse:
     body = call.body(api.Move)
-    step = api.JobAction(
-        action_id="move",
-        action_type="move",
-        model_name=body.model_name,
-        from_=body.source_device,
-        to=body.target_device,
-        keep_source=body.keep_source,
-    )
-    return await _one_step(call, step, body.model_name)
+    step = _from_to("move", body)
+    return await _one_step(call, replace(step, keep_source=body.keep_source))
 
 
 async def copy(call: Call) -> web.StreamResponse:
-    body = call.body(api.Copy)
-    step = api.JobAction(
-        action_id="copy",
-        action_type="copy",
-        model_name=body.model_name,
-        from_=body.source_device,
-        to=body.target_device,
+    return await _one_step(call, _from_to("copy", call.body(api.Copy)))
+
+
+def _from_to(action: Literal["move", "copy"], body: api.Move | api.Copy) -> api.JobAction:
+    return api.JobAction(
+        action_type=action, model_name=body.model_name, from_=body.source_device, to=body.target_device
     )
-    return await _one_step(call, step, body.model_name)
 
 
 async def serve(call: Call) -> web.StreamResponse:
     body = call.body(api.Serve)
-    step = api.JobAction(
-        action_id="serve",
-        action_type="serve",
-        model_name=body.model_name,
-        device=body.device,
-        port=body.port,
-        config=body.config,
-    )
-    return await _one_step(call, step, body.model_name)
+    step = _on("serve", body.model_name, body.device)
+    return await _one_step(call, replace(step, port=body.port, config=body.config))
 
 
 async def delete(call: Call) -> web.StreamResponse:
     body = call.body(api.DeleteCopy)
-    step = api.JobAction(
-        action_id="delete",
-        action_type="delete",
-        model_name=body.model_name,
-        device=body.device,
-        force=body.force,
-    )
-    return await _one_step(call, step, body.model_name)
+    return await _one_step(call, replace(_on("delete", body.model_name, body.device), force=body.force))
 
 
 async def health_check(call: Call) -> web.StreamResponse:
     body = call.body(api.HealthCheck)
     if not body.target_url and not (body.model_name and body.device):
         raise InvalidValue("nothing to check", hint="give model_name and device, or target_url")
-    step = api.JobAction(
-        action_id="health_check",
-        action_type="health_check",
-        model_name=body.model_name,
-        device=body.device,
-        target_url=body.target_url,
-        config={"timeout_s": body.timeout_s},
-        retries=0,
-    )
-    return await _one_step(call, step, body.model_name or body.target_url or "")
+    step = _on("health_check", body.model_name, body.device)
+    config = {"timeout_s": body.timeout_s}
+    return await _one_step(call, replace(step, target_url=body.target_url, config=config, retries=0))
 
 
 async def stop(call: Call) -> web.StreamResponse:
     body = call.body(api.StopServe)
-    return await _stop(call, body.model_name, body.device)
+    return await _one_step(call, _on("stop_serve", body.model_name, body.device))
 
 
 async def stop_by_path(call: Call) -> web.StreamResponse:
-    return await _stop(call, call.path("model"), call.path("device"))
+    return await _one_step(call, _on("stop_serve", call.path("model"), call.path("device")))
 
 
-async def _stop(call: Call, model: str, device: str) -> web.StreamResponse:
-    step = api.JobAction(action_id="stop_serve", action_type="stop_serve", model_name=model, device=device)
-    return await _one_step(call, step, model)
+def _on(
+    action: Literal["serve", "stop_serve", "delete", "health_check"], model: str | None, device: str | None
+) -> api.JobAction:
+    return api.JobAction(action_type=action, model_name=model, device=device)
 
 
 _CODES = ("model_not_found", "node_not_found", "device_not_found", "invalid_device", "invalid_name", "too_many")

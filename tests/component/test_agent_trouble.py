@@ -6,8 +6,28 @@ import os
 from pathlib import Path
 
 from common import wire
-from tests.doubles.agent_daemon import DISK, DRAM, REPLICA, ensure_copy, ensure_replica, node
+from tests.doubles.agent_daemon import DISK, DRAM, REPLICA, Node, ensure_copy, ensure_replica, node
 from tests.doubles.ws_head import until
+
+
+async def starts_with_a_copy(n: Node) -> None:
+    """The agent runs, and its model is on the disk (order 1)."""
+    await n.start()
+    await n.connected(1)
+    await n.head.command(ensure_copy(n.models), 1, DISK)
+    await n.done(DISK, 1)
+
+
+async def heals(n: Node, order: wire.EnsureCopy, op_id: str) -> None:
+    """The order, given again and again as the head does, succeeds in the end (from order 3 on)."""
+    for generation in range(3, 100):
+        await n.head.command(order, generation, op_id)
+        await until(lambda: n.head.result(op_id, generation), "a result")  # noqa: B023 - awaited here
+        result = n.head.result(op_id, generation)
+        assert result is not None
+        if result.outcome == "ok":
+            return
+    raise AssertionError("it never healed")
 
 
 async def test_holder_that_does_not_start(tmp_path: Path) -> None:
@@ -15,23 +35,13 @@ async def test_holder_that_does_not_start(tmp_path: Path) -> None:
     async with node(tmp_path) as n:
         (tmp_path / "state").mkdir(mode=0o700)
         (tmp_path / "state/holder").write_text("a file where a folder must be")
-        await n.start()
-        await n.connected(1)
-        await n.head.command(ensure_copy(n.models), 1, DISK)
-        await n.done(DISK, 1)
+        await starts_with_a_copy(n)
         await n.head.command(ensure_copy(n.models, "dram"), 2, DRAM)
         error = await n.failed(DRAM, 2)
         assert error.is_retryable
         assert "RAM tier does not start" in error.message
         (tmp_path / "state/holder").unlink()
-        for generation in range(3, 100):
-            await n.head.command(ensure_copy(n.models, "dram"), generation, DRAM)
-            await until(lambda: n.head.result(DRAM, generation), "a result")  # noqa: B023 - awaited here
-            result = n.head.result(DRAM, generation)
-            assert result is not None
-            if result.outcome == "ok":
-                return
-        raise AssertionError("it never healed")
+        await heals(n, ensure_copy(n.models, "dram"), DRAM)
 
 
 async def test_holder_that_ends_at_start_says_why(tmp_path: Path) -> None:
@@ -41,10 +51,7 @@ async def test_holder_that_ends_at_start_says_why(tmp_path: Path) -> None:
         holder.mkdir(parents=True)
         (tmp_path / "state").chmod(0o700)
         (holder / "holder.sock").mkdir()  # can be neither connected to, removed, nor bound
-        await n.start()
-        await n.connected(1)
-        await n.head.command(ensure_copy(n.models), 1, DISK)
-        await n.done(DISK, 1)
+        await starts_with_a_copy(n)
         await n.head.command(ensure_copy(n.models, "dram"), 2, DRAM)
         error = await n.failed(DRAM, 2)
         assert "the holder ended with 1" in error.message
@@ -57,10 +64,7 @@ async def test_node_without_a_ram_tier(tmp_path: Path) -> None:
     async with node(tmp_path) as n:
         n.settings["dram_budget_bytes"] = 0
         n.write()
-        await n.start()
-        await n.connected(1)
-        await n.head.command(ensure_copy(n.models), 1, DISK)
-        await n.done(DISK, 1)
+        await starts_with_a_copy(n)
         await n.head.command(ensure_copy(n.models, "dram"), 2, DRAM)
         error = await n.failed(DRAM, 2)
         assert "no RAM tier" in error.message
@@ -84,14 +88,7 @@ async def test_mover_that_does_not_start(tmp_path: Path) -> None:
         await n.head.command(wire.DropCopy("org/m", "main", "disk"), 2, DISK)
         assert "mover does not start" in (await n.failed(DISK, 2)).message
         (tmp_path / "store/models").unlink()
-        for generation in range(3, 100):
-            await n.head.command(ensure_copy(n.models), generation, DISK)
-            await until(lambda: n.head.result(DISK, generation), "a result")  # noqa: B023 - awaited here
-            result = n.head.result(DISK, generation)
-            assert result is not None
-            if result.outcome == "ok":
-                return
-        raise AssertionError("it never healed")
+        await heals(n, ensure_copy(n.models), DISK)
 
 
 async def test_store_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
@@ -125,10 +122,7 @@ async def test_files_lost_under_an_engine_are_fetched_again(tmp_path: Path) -> N
     when the head orders it again it is fetched and the engine comes back by itself.
     """
     async with node(tmp_path) as n:
-        await n.start()
-        await n.connected(1)
-        await n.head.command(ensure_copy(n.models), 1, DISK)
-        await n.done(DISK, 1)
+        await starts_with_a_copy(n)
         await n.head.command(ensure_copy(n.models, "dram"), 2, DRAM)
         await n.done(DRAM, 2)
         await n.head.command(ensure_replica(tmp_path), 3, REPLICA)
