@@ -83,6 +83,19 @@ class AsyncClient:
         """Closes the connections."""
         await self._http.close()
 
+    # the planner
+    async def plan(
+        self, endpoint: str, question: Mapping[str, Any] | None = None, *, method: str = ""
+    ) -> dict[str, Any]:
+        """The planner's answer to a question: `plan("recommend", {"model": "llama-3.1-70b", "gpu": "h100"})`.
+
+        method: POST, except for the index, health, presets and topology. docs/planner.md lists endpoints and fields.
+        """
+        path = f"/plan/{endpoint}" if endpoint else "/plan"
+        if (method or ("GET" if endpoint in ("", "health", "presets", "topology") else "POST")) == "GET":
+            return await self._http.request("GET", path, dict[str, Any], query=dict(question or {}))
+        return await self._http.request("POST", path, dict[str, Any], body=dict(question or {}))
+
     # the head
     async def health(self) -> types.Health:
         """How the head is, and how much it looks after."""

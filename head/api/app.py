@@ -30,6 +30,7 @@ from head.api import (
     nodes,
     openapi,
     operations,
+    plan,
     prometheus,
     recipes,
     services,
@@ -57,6 +58,7 @@ ROUTES: tuple[Route, ...] = (
     *keys.ROUTES,
     *prometheus.ROUTES,
     *backup.ROUTES,
+    *plan.ROUTES,
 )
 
 
@@ -106,6 +108,7 @@ def _background(shared: Shared, audit: AuditLog) -> Callable[[web.Application], 
         tasks.start("waiters", shared.waiters.run())
         yield
         shared.waiters.close()
+        await shared.planner.close()
         await tasks.close()
         audit.close()
 

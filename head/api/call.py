@@ -20,6 +20,7 @@ from common.errors import HerderError, InvalidValue, NotFound
 from head import auth
 from head.api import pages
 from head.api.audit import AuditLog
+from head.api.kinds import Kinds
 from head.api.routes import ListQuery, Route
 from head.api.waiting import Waiters
 from head.auth import Principal
@@ -27,6 +28,7 @@ from head.context import HeadContext
 from head.core.effects import Reply
 from head.core.events import RequestEvent
 from head.core.state import State
+from head.planner_process import PlannerProcess
 
 if TYPE_CHECKING:
     from head.api.docs import Documents
@@ -48,6 +50,8 @@ class Shared:
         self.audit = audit
         self.waiters = Waiters(context)
         self.backup_gate = asyncio.Lock()
+        self.planner = PlannerProcess()
+        self.kinds = Kinds()
         self.documents: Documents | None = None  # the OpenAPI document and its page, made with the application
         self.lists: dict[str, pages.Ordered[Any]] = {  # the ordered keys of each table, kept between requests
             "model": pages.Ordered(lambda: driver.state.models),

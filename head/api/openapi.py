@@ -21,6 +21,8 @@ TAGS = {
     "nodes": "Machines that run an agent, and their devices.",
     "services": "Desired state, the engines that run for it, and their logs.",
     "jobs": "Durable graphs of steps.",
+    "plan": "What a model needs and how fast it would be: memory, time, cost, layouts, engine settings. Nothing is "
+    "changed and nothing runs; every number says what it counts and how far it may be off.",
     "events": "Every change as it becomes durable.",
     "story": "What happened to something, and why it is as it is.",
     "keys": "Tokens by role.",
@@ -81,7 +83,7 @@ def codes_of(route: Route) -> tuple[str, ...]:
         codes.update(dict.fromkeys(_WITH_QUERY))
     if route.body is not None:
         codes.update(dict.fromkeys(_WITH_BODY))
-    if route.method != "GET":
+    if route.changes:
         codes.update(dict.fromkeys(_WITH_CHANGE))
     codes.update(dict.fromkeys(_ALWAYS))
     return tuple(codes)
@@ -143,7 +145,7 @@ def _description_inside(schema: dict[str, Any]) -> str:
 
 
 def _header_parameters(route: Route) -> Iterable[dict[str, Any]]:
-    if route.method != "GET":
+    if route.changes:
         yield {
             "name": "Idempotency-Key",
             "in": "header",

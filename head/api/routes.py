@@ -102,6 +102,7 @@ class Route:
     status: int = 200
     codes: tuple[str, ...] = ()
     takes_yaml: bool = False
+    is_reading: bool = False  # a POST that changes nothing: its body is only too rich for a query
     description: str = ""
 
     @property
@@ -115,6 +116,11 @@ class Route:
         return tuple(re.findall(r"\{(\w+)\}", self.openapi_path))
 
     @property
+    def changes(self) -> bool:
+        """Whether calls may change something."""
+        return self.method not in ("GET", "HEAD") and not self.is_reading
+
+    @property
     def audited(self) -> bool:
         """Whether calls are written to the audit log: whatever may change something, and the backup of everything."""
-        return self.method not in ("GET", "HEAD") or self.role == "admin"
+        return self.changes or self.role == "admin"

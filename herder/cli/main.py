@@ -42,6 +42,9 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "nodes": (f"{_HERE}.nodes", "List, show, cordon, drain, label and remove nodes."),
         "devices": (f"{_HERE}.devices", "List devices and what room they have."),
     },
+    "Planning": {
+        "plan": (f"{_HERE}.plan", "Plan training and serving: memory, time, cost, settings."),
+    },
     "Jobs and reasons": {
         "job": (f"{_HERE}.job", "Run a job file."),
         "jobs": (f"{_HERE}.jobs", "List, show, follow and cancel jobs."),

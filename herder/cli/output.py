@@ -114,7 +114,14 @@ def table(options: Globals, columns: Sequence[Column], rows: Sequence[Sequence[s
     """The rows as a table; the sentence `empty` when there are none."""
     if not rows:
         return empty
-    return render(columns, rows, width=line_width(), paint=painter(options))
+    return render_table(options, columns, rows, width=line_width())
+
+
+def render_table(
+    options: Globals, columns: Sequence[Column], rows: Sequence[Sequence[str]], *, width: int | None
+) -> str:
+    """The rows as a table of at most so many cells in a line; None: no limit."""
+    return render(columns, rows, width=width, paint=painter(options))
 
 
 def painter(options: Globals) -> Any:

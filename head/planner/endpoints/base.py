@@ -1,0 +1,58 @@
+"""What an endpoint is: what is asked, what is answered and by which function, said once for API, CLI and documents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from common.errors import HerderError, Internal, InvalidRequest, InvalidValue
+from head.planner.endpoints.questions import Desk, Question
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """Root of the answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One endpoint of /api/v1/plan and one verb of `herder plan`.
+
+    path: below /api/v1/plan, empty for the index. verb: the command's name, empty when it has none. answer: a pure
+    function of the question and the desk. example: a question that works without a cluster, shown in the documents.
+    """
+
+    path: str
+    verb: str
+    question: type[Question]
+    answer_type: type[Answer]
+    answer: Callable[[Any, Desk], Answer]
+    summary: str
+    method: Literal["GET", "POST"] = "POST"
+    example: tuple[tuple[str, Any], ...] = ()
+    codes: tuple[str, ...] = ()
+
+
+def ask(endpoint: Endpoint, body: bytes | dict[str, Any], desk: Desk) -> Answer:
+    """Decodes a question strictly and answers it.
+
+    Raises: InvalidRequest (no JSON), InvalidValue (a field), NotFound (a name), Conflict (nothing fits).
+    """
+    try:
+        if isinstance(body, bytes):
+            question = msgspec.json.decode(body or b"{}", type=endpoint.question)
+        else:
+            question = msgspec.convert(body, endpoint.question)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `$")
+        raise InvalidValue(text, field=path.rstrip("`").lstrip(".")) from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidRequest(f"the body is not JSON: {str(error)[:200]}") from None
+    try:
+        return endpoint.answer(question, desk)
+    except HerderError:
+        raise
+    except (ArithmeticError, ValueError, RecursionError) as error:
+        raise Internal(f"plan {endpoint.path or 'index'}: {type(error).__name__}: {str(error)[:200]}") from error

@@ -1,0 +1,9 @@
+"""All endpoints, in the order in which documents show them."""
+
+from __future__ import annotations
+
+from head.planner.endpoints import about
+
+ENDPOINTS = (*about.ENDPOINTS,)
+BY_PATH = {endpoint.path: endpoint for endpoint in ENDPOINTS}
+BY_VERB = {endpoint.verb: endpoint for endpoint in ENDPOINTS if endpoint.verb}
