@@ -58,7 +58,9 @@ IDEMPOTENCY_KEY_CHARS = 128
 YAML_BYTES = 524_288  # job files; PyYAML needs about 10 s of a thread for 1 MB
 YAML_NODES = 100_000  # after aliases are expanded, which is what a bomb multiplies
 BODY_READ_S = 30.0  # a whole control-plane body
-KEEP_ALIVE_IDLE_S = 75.0  # for the next request on a connection (setting of the head); longer than usual proxies keep one
+KEEP_ALIVE_IDLE_S = (
+    75.0  # for the next request on a connection (setting of the head); longer than usual proxies keep one
+)
 LINGER_S = 1.0  # how long the rest of a refused body is read and thrown away before the connection ends
 SUBMIT_S = 30.0  # a change on its way to the disk; after it the outcome is unknown
 STREAM_WRITE_S = 30.0  # a reader of events or logs that takes nothing for so long is closed
@@ -139,14 +141,16 @@ REPLICA_START_PROBE_MS = 250  # how often a starting engine is asked
 CANARY_EVERY_PROBES = 6  # a ready engine generates one token at every so-manieth probe
 
 # the agent's own
-REPORT_SPACING_MS = 200  # status changes are gathered for so long before a report is sent
+REPORT_SPACING_MS = 200  # status changes are gathered for so long before a report is sent; also between its pages
+REPORT_PAGE_BYTES = 524_288  # a longer report goes in pages: what waits in the outbox stays far below its limit
+REPORT_PAGES = 32  # of one report
 PROGRESS_SPACING_MS = 500  # per copy
 RESULT_REPEAT_MS = 10_000  # a result that was not acknowledged is said again
 OUTCOMES_UNACKED = 10_000  # results beyond the fences; the oldest of more are given up
 RESULTS_IN_FLIGHT = 64  # results said and not acknowledged; the others wait for their turn
 OUTCOMES_KEPT = 10_000  # acknowledged outcomes kept as fences against late commands
 AGENT_QUEUE_EVENTS = 10_000
-COPIES_PER_NODE = 10_000
+COPIES_PER_NODE = 20_000
 REPLICAS_PER_NODE = 512
 CHECKS_PER_NODE = 256
 LOG_FOLLOWERS = 64  # log requests of one node at a time

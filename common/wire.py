@@ -21,6 +21,7 @@ from msgspec.structs import force_setattr
 from common.errors import ErrorInfo
 from common.manifest import Manifest
 
+FEATURE_REPORT_PAGES = "report_pages"
 BYTES_MAX = 1 << 60  # sums and ratios of what agents say stay numbers that can be computed with
 Int = Annotated[int, msgspec.Meta(ge=-BYTES_MAX, le=BYTES_MAX)]
 Digest = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
@@ -172,6 +173,7 @@ class Welcome(Message, frozen=True):
     interval_ms: Int
     respread_ms: Int
     ticket_key: str
+    features: tuple[str, ...] = ()  # what this head understands beyond the first version, FEATURE_*
 
 
 class Refused(Message, frozen=True):
@@ -230,13 +232,18 @@ class OpStatus(Message, frozen=True):
 
 
 class Report(Message, frozen=True):
-    """Everything this agent holds; replaces what the head observed before."""
+    """Everything this agent holds; replaces what the head observed before.
+
+    A long one comes in pages of one `seq`, in any order; nothing of it counts before all of them are there.
+    """
 
     seq: Int
     copies: tuple[CopyStatus, ...] = ()
     replicas: tuple[ReplicaStatus, ...] = ()
     ops: tuple[OpStatus, ...] = ()
     digest: Digest = 0  # as the leases carry it while nothing changes; 0: not said
+    page: Int = 0
+    pages: Int = 1  # more only to heads that said so in `Welcome.features`
 
 
 class Lease(Message, frozen=True):

@@ -38,6 +38,8 @@ def opened(turn: Turn, event: SessionOpened) -> None:
     state.session_id = event.session_id
     state.is_confirmed = True
     state.reported_digest = -1
+    state.pages_left = ()
+    state.takes_pages = wire.FEATURE_REPORT_PAGES in welcome.features
     state.results_sent_ms.clear()
     _renew(turn, turn.now_ms + welcome.lease_ms)
     state.ask_count += 1
@@ -52,6 +54,7 @@ def closed(turn: Turn, event: SessionClosed) -> None:
     """The session has ended; work goes on."""
     if turn.state.session_id == event.session_id:
         turn.state.session_id = ""
+        turn.state.pages_left = ()
         turn.state.results_sent_ms.clear()
 
 
@@ -60,7 +63,7 @@ def lease_acked(turn: Turn, event: LeaseAcked) -> None:
     if not turn.state.session_id:
         return
     _renew(turn, event.sent_ms + event.lease_ms)
-    if event.wants_report:
+    if event.wants_report and not turn.state.pages_left:  # else it is on its way
         turn.state.reported_digest = -1
 
 
@@ -82,11 +85,24 @@ def tell(turn: Turn) -> None:
         return
     _say_results(turn)
     is_spaced = turn.now_ms - state.reported_ms >= limits.REPORT_SPACING_MS
-    if state.digest != state.reported_digest and (is_spaced or state.reported_digest == -1):
+    if state.pages_left:
+        if is_spaced:
+            _send_page(turn)
+    elif state.digest != state.reported_digest and (is_spaced or state.reported_digest == -1):
         state.report_seq += 1
         state.reported_digest = state.digest
-        state.reported_ms = turn.now_ms
-        turn.send(replace(report(state), seq=state.report_seq, digest=state.digest))
+        whole = replace(report(state), seq=state.report_seq, digest=state.digest)
+        state.pages_left = report_pages(whole) if state.takes_pages else (whole,)
+        _send_page(turn)
+
+
+def _send_page(turn: Turn) -> None:
+    """One page at a time: all at once would overflow the link. What changes meanwhile is in the next report."""
+    state = turn.state
+    page, *rest = state.pages_left
+    state.pages_left = tuple(rest)
+    state.reported_ms = turn.now_ms
+    turn.send(page)
 
 
 def _say_results(turn: Turn) -> None:
@@ -106,7 +122,7 @@ def wake_ms(state: State, now_ms: int) -> int:
     if not state.session_id:
         return NEVER_MS
     due = NEVER_MS
-    if state.digest != state.reported_digest:
+    if state.pages_left or state.digest != state.reported_digest:
         due = state.reported_ms + limits.REPORT_SPACING_MS
     for key, sent_ms in state.results_sent_ms.items():
         outcome = state.outcomes.get(key)
@@ -139,6 +155,47 @@ def report(state: State) -> wire.Report:
         replicas=tuple(replicas.status(state, state.replicas[key]) for key in sorted(state.replicas)),
         ops=tuple(sorted(running + ended, key=lambda op: (op.op_id, op.generation))),
     )
+
+
+def report_pages(whole: wire.Report) -> tuple[wire.Report, ...]:
+    """The report in pages of at most REPORT_PAGE_BYTES and one item; errors lose their details where those would
+    make it more than REPORT_PAGES.
+    """
+    if len(_encode(whole)) <= limits.REPORT_PAGE_BYTES:
+        return (whole,)
+    pages = _paged(whole)
+    if len(pages) > limits.REPORT_PAGES:
+        pages = _paged(replace(whole, copies=tuple(map(_brief, whole.copies))))
+    return tuple(replace(page, page=index, pages=len(pages)) for index, page in enumerate(pages))
+
+
+def _paged(whole: wire.Report) -> list[wire.Report]:
+    pages: list[wire.Report] = []
+    held: dict[str, list[msgspec.Struct]] = {}
+    size = 0
+
+    def close() -> None:
+        nonlocal size
+        page = wire.Report(whole.seq, digest=whole.digest)
+        pages.append(replace(page, **{name: tuple(items) for name, items in held.items()}))
+        held.clear()
+        size = 0
+
+    for name in ("copies", "replicas", "ops"):
+        for item in getattr(whole, name):
+            item_bytes = len(_encode(item)) + 1
+            if size and size + item_bytes > limits.REPORT_PAGE_BYTES:
+                close()
+            held.setdefault(name, []).append(item)
+            size += item_bytes
+    close()
+    return pages
+
+
+def _brief(copy: wire.CopyStatus) -> wire.CopyStatus:
+    if copy.error is None:
+        return copy
+    return replace(copy, error=replace(copy.error, message=copy.error.message[:100], hint="", details={}))
 
 
 _ENDED = {"ok": "done", "failed": "failed", "cancelled": "cancelled"}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from agent.core.objects import CopyTask, Meta, Object, Outcome, Record, ReplicaTask, copy_key
 from common.errors import ErrorInfo
+from common.wire import Report
 
 NEVER_MS = 1 << 62
 
@@ -86,6 +87,8 @@ class State:
     report_seq: int = 0
     reported_digest: int = -1  # of the last report in this session
     reported_ms: int = 0
+    takes_pages: bool = False  # the head understands reports in pages
+    pages_left: tuple[Report, ...] = ()  # of the report that is being sent
     wake_ms: int = NEVER_MS  # when the core wants to be asked again
     unknown_events: int = 0
 

@@ -54,7 +54,7 @@ def observe(
         copy = state.copies.get(key)
         if copy is not None:
             _observe(turn, copy, seen.get(key), by_op.get(commands.op_id(commands.COPY, key)))
-    strangers = [seen[key] for key in sorted(seen) if key not in known]
+    strangers = [seen[key] for key in sorted(seen.keys() - set(known))]
     unknown = tuple(status for status in strangers if not _adopt(turn, node_id, status))
     live = state.live.get(node_id)
     if live is not None:

@@ -14,7 +14,16 @@ from typing import Any
 import msgspec
 
 from common import ids, limits, tickets, wire
-from common.errors import Conflict, HerderError, InvalidName, ProtocolUnsupported, StaleHead, TooMany, WrongCluster
+from common.errors import (
+    Conflict,
+    HerderError,
+    InvalidName,
+    InvalidValue,
+    ProtocolUnsupported,
+    StaleHead,
+    TooMany,
+    WrongCluster,
+)
 from head.core import commands, copies, health_checks, node_facts, services
 from head.core.effects import Alarm, CloseSession, Send
 from head.core.events import (
@@ -71,6 +80,7 @@ def said_hello(turn: Turn, event: AgentSaidHello) -> None:
                 interval_ms=node_facts.interval_ms(state),
                 respread_ms=node_facts.respread_ms(state),
                 ticket_key=base64.b64encode(tickets.node_key(state.ticket_secret, node_id)).decode(),
+                features=(wire.FEATURE_REPORT_PAGES,),
             ),
         )
     )
@@ -108,8 +118,10 @@ def renewed(turn: Turn, event: LeaseRenewed) -> None:
 def reported(turn: Turn, event: AgentReported) -> None:
     """Everything that the agent holds: taken in, and what disagrees with what is desired is ordered again."""
     live = _live(turn, event.node, event.session_id)
-    report = event.report
-    if live is None or report.seq <= live.report_seq:
+    if live is None or event.report.seq <= live.report_seq:
+        return
+    report = _whole(turn, event, live)
+    if report is None:
         return
     is_first = not live.has_reported
 
@@ -129,6 +141,44 @@ def reported(turn: Turn, event: AgentReported) -> None:
         for key, check in turn.state.checks.items():
             if check.node == event.node:
                 turn.touch("check", key)
+
+
+def _whole(turn: Turn, event: AgentReported, live: Live) -> wire.Report | None:
+    """The report that this page completes; None while pages are missing. Nothing of those is believed before.
+
+    Pages of the newest report are kept with the session and go with it. One that is lost is not asked for: the next
+    lease asks for the whole report again.
+    """
+    page = event.report
+    if page.pages == 1 and page.page == 0:
+        live.report_pages = {}
+        return page
+    if not 0 <= page.page < page.pages <= limits.REPORT_PAGES:
+        turn.emit(CloseSession(event.session_id, InvalidValue("a report has pages that cannot be").info()))
+        return None
+    kept = live.report_pages
+    newest = next(iter(kept.values())).seq if kept else -1
+    if page.seq < newest:
+        return None
+    if page.seq > newest:
+        kept = live.report_pages = {}
+    kept[page.page] = page
+    _seen(turn, event.node, live)
+    if len(kept) < page.pages:
+        return None
+    live.report_pages = {}
+    ordered = [kept[index] for index in sorted(kept)]
+    whole = wire.Report(
+        page.seq,
+        copies=tuple(status for one in ordered for status in one.copies),
+        replicas=tuple(status for one in ordered for status in one.replicas),
+        ops=tuple(op for one in ordered for op in one.ops),
+        digest=page.digest,
+    )
+    if len(whole.copies) > limits.COPIES_PER_NODE or len(whole.replicas) > 2 * limits.REPLICAS_PER_NODE:
+        turn.emit(CloseSession(event.session_id, InvalidValue("a report names more than a node can hold").info()))
+        return None
+    return whole
 
 
 def told_readings(turn: Turn, event: TelemetryReceived) -> None:
@@ -182,6 +232,7 @@ def closed(turn: Turn, event: SessionClosed) -> None:
     if live is not None and live.session_id == event.session_id:
         live.session_id = ""
         live.has_reported = False
+        live.report_pages = {}
 
 
 def _check_hello(state: State, hello: wire.Hello) -> None:

@@ -45,6 +45,7 @@ class Live:
     interval_ms: int = 0
     opened_ms: int = 0  # when this session was welcomed
     report_seq: int = -1  # of the last report taken in this session; an older one is stale
+    report_pages: dict[int, wire.Report] = field(default_factory=dict)  # of a report that is not whole yet
     unknown_copies: tuple[wire.CopyStatus, ...] = ()  # reported, but of no registered model: listed, never touched
     agent_ids: dict[str, int] = field(default_factory=dict)  # agent processes that said hello as this node -> when
     flaps: int = 0  # times a superseded agent process came back: two machines use one node id

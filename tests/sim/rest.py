@@ -64,10 +64,10 @@ class Rest:
             elif copy.state not in ("ready", "failed", "waiting"):
                 yield f"copy {copy.key} rests in {copy.state}: {copy.error}"
         for name, node in self.nodes.items():
+            live = self._state.live.get(name)
+            listed = {(status.model, status.revision) for status in live.unknown_copies} if live else set()
             for model, revision in node.machine.store:
                 known = f"{model}@{revision}|{name}:disk" in self._state.copies
-                live = self._state.live.get(name)
-                listed = {(status.model, status.revision) for status in live.unknown_copies} if live else set()
                 if not known and (model, revision) not in listed:
                     yield f"{name} holds {model}@{revision} and the head does not know"
 
