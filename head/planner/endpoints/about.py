@@ -32,7 +32,7 @@ from head.planner.training.memory import estimate_memory
 GB = 1e9
 
 
-class Index(Answer, frozen=True, kw_only=True):
+class PlanIndex(Answer, frozen=True, kw_only=True):
     """What can be asked."""
 
     name: str = "Herder planner"
@@ -41,7 +41,7 @@ class Index(Answer, frozen=True, kw_only=True):
     endpoints: dict[str, str]
 
 
-class Health(Answer, frozen=True, kw_only=True):
+class PlanHealth(Answer, frozen=True, kw_only=True):
     """The planner's process answers; how much it knows."""
 
     status: Literal["healthy"] = "healthy"
@@ -81,9 +81,9 @@ class TopologyQuestion(Question, frozen=True, kw_only=True):
     """Which machine; without any field the cluster's own inventory."""
 
     mock: Annotated[Literal["", "b200", "h100"], Meta(description="As gpu, in the old planner's words.")] = ""
-    mock_gpus: Annotated[int, Meta(ge=1, le=1_024)] = 4
+    mock_gpus: Annotated[int, Meta(ge=1, le=1_024, description="How many, beside mock.")] = 4
     gpu: Annotated[Name, Meta(description="Accelerator, as H100-SXM-80GB.")] = ""
-    gpus: Annotated[int, Meta(ge=0, le=1_048_576)] = 0
+    gpus: Annotated[int, Meta(ge=0, le=1_048_576, description="How many; 0: as usual or as there are.")] = 0
 
 
 class TopologyAnswer(Answer, frozen=True, kw_only=True):
@@ -246,19 +246,19 @@ def analyze(question: AnalyzeQuestion, desk: Desk) -> Analyze:
     )
 
 
-def index(question: Question, desk: Desk) -> Index:
+def index(question: Question, desk: Desk) -> PlanIndex:
     """The endpoints."""
     from head.planner.endpoints.table import ENDPOINTS
 
     rows = {
         e.path or "index": f"{e.method} /api/v1/plan{'/' + e.path if e.path else ''} - {e.summary}" for e in ENDPOINTS
     }
-    return Index(endpoints=rows)
+    return PlanIndex(endpoints=rows)
 
 
-def health(question: Question, desk: Desk) -> Health:
+def health(question: Question, desk: Desk) -> PlanHealth:
     """How much is known."""
-    return Health(
+    return PlanHealth(
         models=len(presets()),
         accelerators=len(all_accelerators()),
         inventory_gpus=sum(len(kind.gpus) * len(kind.node_ids) for kind in desk.kinds),
@@ -305,8 +305,8 @@ def topology(question: TopologyQuestion, desk: Desk) -> TopologyAnswer:
 
 
 ENDPOINTS = (
-    Endpoint("", "", Question, Index, index, "What can be asked", method="GET"),
-    Endpoint("health", "health", Question, Health, health, "Whether the planner answers", method="GET"),
+    Endpoint("", "", Question, PlanIndex, index, "What can be asked", method="GET"),
+    Endpoint("health", "health", Question, PlanHealth, health, "Whether the planner answers", method="GET"),
     Endpoint("presets", "presets", PresetsQuestion, Presets, list_presets, "Models known by name", method="GET"),
     Endpoint(
         "topology",

@@ -138,7 +138,7 @@ class PlacedQuestion(ModelQuestion, frozen=True, kw_only=True):
     nic_gbit: Annotated[float, Meta(ge=0, le=1e6, description="Network per accelerator, Gbit/s; 0: usual.")] = 0.0
     memory: Annotated[float, Meta(ge=0, le=1e5, description="Memory of one accelerator, GB; 0: its own.")] = 0.0
     mock_topology: Annotated[Literal["", "b200", "h100"], Meta(description="As gpu, in the old planner's words.")] = ""
-    mock_gpus: Annotated[int, Meta(ge=0, le=1_024)] = 0
+    mock_gpus: Annotated[int, Meta(ge=0, le=1_024, description="How many, beside mock_topology.")] = 0
 
 
 def architecture_for(question: ModelQuestion, desk: Desk) -> Architecture:
