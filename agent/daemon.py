@@ -92,6 +92,7 @@ class Agent:
             gpu_memory=lambda pids: process_gpu_memory(self.nvml, pids),
             rng=self.rng,
             pass_env=config.engines.pass_env,
+            allow_link_local=config.allow_link_local,
         )
         self.link = Link(
             config.head_url,
@@ -353,5 +354,6 @@ def _mover_config(config: AgentConfig) -> MoverConfig:
         hf_endpoint=sources.hf_endpoint,
         hf_token_file=sources.hf_token_file,
         http_token_files=sources.http_token_files,
+        allow_link_local=config.allow_link_local,
         ssh=SshSettings(sources.ssh_key_files, sources.ssh_known_hosts),
     )

@@ -27,8 +27,8 @@ from agent.core import events as ev
 from agent.logs import last_lines
 from agent.run_files import RunFiles
 from agent.runtimes.base import Runtime, Setting, scrubbed
-from agent.runtimes.health import WILDCARDS, check_port, check_url, probe
-from common import errors, limits, wire
+from agent.runtimes.health import WILDCARDS, GuardedResolver, check_outside, probe
+from common import limits, wire
 from common.clock import boottime_ms
 from common.errors import CopyNotFound, EngineFailed, EngineMissing, ErrorInfo, HerderError, PortTaken
 from common.manifest import Manifest
@@ -80,6 +80,7 @@ class Replicas:
         rng: random.Random | None = None,
         ports: tuple[int, int] = limits.PORT_RANGE,
         pass_env: tuple[str, ...] = (),
+        allow_link_local: bool = False,
     ) -> None:
         self.engines: dict[str, Engine] = {}  # by replica
         self._files = files
@@ -92,8 +93,10 @@ class Replicas:
         self._rng = rng or random.Random()
         self._ports = ports
         self._pass_env = pass_env
+        self._allow_link_local = allow_link_local
         self._taken: set[int] = set()  # ports given to engines that are starting or running
         self._http: aiohttp.ClientSession | None = None
+        self._outside: aiohttp.ClientSession | None = None  # for addresses that people name
         self._sessions: tuple[int, dict[int, list[procs.Process]]] = (-MEASURE_MS, {})
 
     async def start(self) -> None:
@@ -101,13 +104,17 @@ class Replicas:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=limits.PROBE_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=0, force_close=True)  # a kept connection would hide a new process
         self._http = aiohttp.ClientSession(timeout=timeout, connector=connector, trust_env=False)
+        resolver = None if self._allow_link_local else GuardedResolver()
+        outside = aiohttp.TCPConnector(limit=0, force_close=True, use_dns_cache=False, resolver=resolver)
+        self._outside = aiohttp.ClientSession(timeout=timeout, connector=outside, trust_env=False)
 
     async def close(self) -> None:
         """Stops watching. Engines stay."""
         for engine in list(self.engines.values()):
             self._unwatch(engine)
-        if self._http is not None:
-            await self._http.close()
+        for session in (self._http, self._outside):
+            if session is not None:
+                await session.close()
 
     def spawn(self, effect: fx.SpawnReplica) -> None:
         """SpawnReplica."""
@@ -400,15 +407,11 @@ class Replicas:
             host = "127.0.0.1" if self._engine_host in WILDCARDS else effect.host
             runtime = self._runtimes.get(order.runtime)
             error = await probe(self._http, runtime, order, host, effect.port, with_canary=bool(health.canary))
-        elif effect.url.startswith("tcp://"):
-            host, _, port = effect.url.removeprefix("tcp://").rpartition(":")
-            error = (
-                await check_port(host.strip("[]"), int(port), effect.timeout_s)
-                if port.isdigit() and int(port) < 65_536
-                else errors.InvalidValue(f"{effect.url[:80]!r} has no port").info()
-            )
         else:
-            error = await check_url(self._http, effect.url, effect.timeout_s)
+            assert self._outside is not None
+            error = await check_outside(
+                self._outside, effect.url, effect.timeout_s, allow_link_local=self._allow_link_local
+            )
         detail = {"took_ms": boottime_ms() - started_ms}
         self._post(ev.HealthChecked(effect.op_id, effect.generation, error, detail))
 

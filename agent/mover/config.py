@@ -35,6 +35,7 @@ class MoverConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     hf_endpoint: str = ""  # empty: HF_ENDPOINT or the hub itself
     hf_token_file: str = ""  # empty: HF_TOKEN, then HF_TOKEN_PATH
     http_token_files: dict[str, str] = {}  # "host" or "host:port" -> file with a bearer token for it
+    allow_link_local: bool = False  # http(s) may connect to link-local and metadata addresses
     ssh: SshSettings = SshSettings()
     checkpoint_bytes: int = limits.CHECKPOINT_BYTES
     checkpoint_s: float = limits.CHECKPOINT_S

@@ -4,6 +4,7 @@ It follows redirects itself (a token goes to the first host only, https never be
 `If-Range`, and checks every answer: a 206 must be exactly the range that was asked, of a file of the size that was
 listed, with the ETag that was seen; a 200 to a range request is the whole file from byte 0, and says so by
 `Stream.offset`. `readinto` goes straight from the socket into the caller's buffer.
+Link-local addresses are not connected to (`agent/outbound.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 from email.utils import parsedate_to_datetime
 from urllib.parse import urljoin, urlsplit
 
+from agent import outbound
 from agent.mover.sources import RemoteFile, SourceChanged
 from common.errors import HerderError, SizeMismatch, SourceFailed, SourceNotFound, SourceRefused
 
@@ -98,12 +100,14 @@ class HttpConnection:
         token_host: str = "",
         headers: dict[str, str] | None = None,
         follows: bool = True,
+        allow_link_local: bool = False,
     ) -> None:
         self.read_timeout_s = read_timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._token, self._token_host = token, token_host
         self._headers = headers or {}
         self._follows = follows
+        self._allow_link_local = allow_link_local
         self._place: tuple[str, str] | None = None
         self._connection: http.client.HTTPConnection | None = None
         self._resolved: dict[str, str] = {}  # URL -> where its redirects led
@@ -221,8 +225,14 @@ class HttpConnection:
             if scheme == "https"
             else http.client.HTTPConnection(netloc, timeout=timeout_s)
         )
+        if not self._allow_link_local:
+            connection._create_connection = outbound.connect  # type: ignore[attr-defined]
         self._connection, self._place = connection, place
-        connection.connect()
+        try:
+            connection.connect()
+        except HerderError:
+            self.close()
+            raise
         connection.sock.settimeout(self.read_timeout_s)
         return connection
 

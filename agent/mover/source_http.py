@@ -48,6 +48,7 @@ class HttpOrigin:
         return HttpConnection(
             connect_timeout_s=self._config.connect_timeout_s,
             read_timeout_s=self._config.read_timeout_s,
+            allow_link_local=self._config.allow_link_local,
             token=self._token,
             token_host=self._place,
         )

@@ -44,6 +44,7 @@ class PeerOrigin:
         return HttpConnection(
             connect_timeout_s=self._config.connect_timeout_s,
             read_timeout_s=self._config.read_timeout_s,
+            allow_link_local=self._config.allow_link_local,
             headers={TICKET_HEADER: self._ticket},
             follows=False,
         )

@@ -8,15 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
+from urllib.parse import urlsplit
 
 import aiohttp
+from aiohttp.abc import ResolveResult
+from aiohttp.resolver import ThreadedResolver
 
+from agent import outbound
 from agent.runtimes.base import Runtime
 from common import errors, wire
 from common.errors import ErrorInfo
 
 ANSWER_BYTES = 4 * 1024 * 1024
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+
+
+class GuardedResolver(ThreadedResolver):
+    """Names as aiohttp resolves them, except to addresses that are refused. Literal addresses never get here."""
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        found = await super().resolve(host, port, family)
+        for result in found:
+            outbound.refuse(result["host"])
+        return found
 
 
 def base_url(host: str, port: int) -> str:
@@ -57,6 +74,45 @@ async def check_url(http: aiohttp.ClientSession, url: str, timeout_s: float, api
         return errors.Unhealthy(f"no answer within {timeout_s:g} s").info()
     except (aiohttp.ClientError, OSError, ValueError) as error:
         return errors.Unhealthy(f"cannot be reached: {error}"[:300]).info()
+
+
+async def check_outside(
+    http: aiohttp.ClientSession, url: str, timeout_s: float, *, allow_link_local: bool = False
+) -> ErrorInfo | None:
+    """As `check_url`, and `check_port` for tcp://HOST:PORT, for an address that a person named.
+
+    The session's connector has to use a `GuardedResolver` unless link-local addresses are allowed.
+    """
+    try:
+        if not url.startswith("tcp://"):
+            if not allow_link_local:
+                # aiohttp takes whatever is made of digits for an address and asks no resolver: 2852039166 is one, too
+                async with asyncio.timeout(timeout_s):
+                    await _resolved(urlsplit(url).hostname or "", 0)
+            return await check_url(http, url, timeout_s)
+        host, _, port = url.removeprefix("tcp://").rpartition(":")
+        if not port.isdigit() or int(port) >= 65_536:
+            return errors.InvalidValue(f"{url[:80]!r} has no port").info()
+        host = host.strip("[]")
+        if not allow_link_local:
+            async with asyncio.timeout(timeout_s):
+                host = await _resolved(host, int(port))
+        return await check_port(host, int(port), timeout_s)
+    except errors.AddressRefused as error:
+        return error.info()
+    except TimeoutError:
+        return errors.Unhealthy(f"its name was not resolved within {timeout_s:g} s").info()
+    except (OSError, ValueError) as error:
+        return errors.Unhealthy(f"cannot be reached: {error}"[:300]).info()
+
+
+async def _resolved(host: str, port: int) -> str:
+    """An address of the host, when none of its addresses is refused. Raises: AddressRefused, OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [str(address[0]) for *_, address in found]
+    for address in addresses:
+        outbound.refuse(address)
+    return addresses[0]
 
 
 async def check_port(host: str, port: int, timeout_s: float) -> ErrorInfo | None:

@@ -191,6 +191,13 @@ def test_redirect_loop(server: HostileServer, mover: MoverClient) -> None:
     assert code(mover.fetch("m", f"{server.url}/m.bin")) == "source_refused"
 
 
+def test_redirect_to_the_metadata_service(server: HostileServer, mover: MoverClient) -> None:
+    """Nothing is fetched from a link-local address, however it is reached; it is told as such and not tried again."""
+    server.faults["/m.bin"] = Faults(redirect="http://169.254.169.254/latest/meta-data/")
+    assert code(mover.fetch("m", f"{server.url}/m.bin")) == "address_refused"
+    assert code(mover.fetch("n", "http://2852039166/m.bin")) == "address_refused"
+
+
 def test_dripping_source(server: HostileServer, tmp_path: Path) -> None:
     """A source that sends a byte now and then is given up, however steadily it drips."""
     server.faults["/m.bin"] = Faults(drip_s=0.05)
