@@ -39,6 +39,7 @@ class TrainingLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     has_flash_attention: bool = True
     tuning: Tuning = "full"
     lora_rank: int = 16
+    has_double_quant: bool = False  # qlora: the scales of the 4-bit weights are 8-bit too
     offload: Literal["none", "optimizer", "optimizer_and_weights", "activations"] = "none"
     expert_imbalance: float = 1.0  # tokens at the busiest expert rank over the mean
     partition: Literal["layers", "layers_and_embedding"] = "layers"
