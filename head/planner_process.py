@@ -73,7 +73,6 @@ class PlannerProcess:
         self._idle = asyncio.get_running_loop().call_later(self._idle_s, self._end_idle)
         if answered.error is not None:
             raise _error_of(answered)
-        assert answered.answer is not None
         return bytes(answered.answer)
 
     async def _started(self) -> asyncio.subprocess.Process:

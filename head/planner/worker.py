@@ -32,7 +32,7 @@ class Asked(msgspec.Struct, frozen=True):
 class Answered(msgspec.Struct, frozen=True, omit_defaults=True):
     """Its answer, or what was wrong; `status` is the HTTP status of an error."""
 
-    answer: msgspec.Raw | None = None
+    answer: msgspec.Raw = msgspec.Raw(b"null")
     error: ErrorInfo | None = None
     status: int = 200
 
