@@ -264,11 +264,15 @@ def _gathered(
         return held * (each + (0.0 if is_frozen else 4.0))
     table = max(facts.first_params * stage.has_first, facts.head_params * stage.has_head) / layout.tp
     narrow = 0.5625 if layout.tuning == "qlora" else each
-    blocks = 2.0 * largest * narrow + table * each  # the block in use, the next one, one table
+    blocks = stack.gathered_blocks * largest * narrow + table * each
     if layout.tuning == "qlora":
         blocks += largest * each / 4  # the matrix in use, unpacked
     # the gradient of what ran last, and its sum over ranks in fp32 unless the run is in 16 bits throughout
-    reduced = 0.0 if is_frozen else max(largest, table) * each + largest * (each if stack.states == "pure" else 4.0)
+    reduced = (
+        0.0
+        if is_frozen
+        else max(largest, table) * each + largest * (4.0 if stack.reduces_in_fp32 and stack.states != "pure" else each)
+    )
     return blocks + reduced
 
 

@@ -16,6 +16,8 @@ from head.planner.model.parameters import count
 from head.planner.training.layout import TrainingLayout
 from head.planner.training.memory_stack import MemoryStack
 
+_EIGHT_BITS = ("fp8", "mxfp8", "nvfp4", "int8")
+
 
 class LayerParams(msgspec.Struct, frozen=True, kw_only=True):
     """Parameters of one layer: divided by tp, replicated, keys and values (divided by at most kv heads), experts.
@@ -131,7 +133,7 @@ def model_facts(arch: Architecture) -> ModelFacts:
 
 @lru_cache(maxsize=4096)
 def layer_activations(
-    hidden: int, group: LayerGroup, operators: str, tuning: str, stack: MemoryStack
+    hidden: int, group: LayerGroup, operators: str, tuning: str, stack: MemoryStack, precision: str = "bf16"
 ) -> LayerActivations:
     """Bytes per token of one layer. eager: every operator keeps its own copies, as one HF layer was measured to do.
 
@@ -142,6 +144,11 @@ def layer_activations(
     frozen_inputs = tuning == "lora" and stack.lora_targets == "attention"
     mixed_split, mixed_whole, outputs = _mixer_bytes(hidden, mixer, is_eager)
     fed_split, fed_whole, routed, fed_outputs, widths = _feed_bytes(hidden, feed, is_eager)
+    if stack.narrow_inputs and precision in _EIGHT_BITS:  # inputs of products: one byte an element instead of two
+        mixed_whole -= hidden
+        fed_whole -= hidden * (feed.kind != "none")
+        fed_split -= widths
+        routed -= feed.active * ((feed.latent or hidden) + feed.width)
     norm_bytes = _norm_bytes(hidden, group, is_eager, is_frozen=tuning != "full")
     whole = norm_bytes + mixed_whole + fed_whole
     split = mixed_split + fed_split
@@ -227,7 +234,8 @@ def _feed_bytes(hidden: int, feed: FeedForward, is_eager: bool) -> tuple[float, 
         return kept * feed.width, 2.0 * hidden, 0.0, 2.0 * gates * feed.width + 2.0 * hidden, float(feed.width)
     inner = feed.latent or hidden
     shared = feed.shared_width + feed.dense_width
-    routed = feed.active * (2.0 * inner + kept * feed.width + 2.0 * inner)
+    # fused programs weigh the experts' activations, eager ones their outputs, which they keep for it
+    routed = feed.active * (2.0 * inner + kept * feed.width + (2.0 * inner if is_eager else 0.0))
     router = 8.0 * feed.experts  # logits and probabilities in fp32
     return kept * shared, 2.0 * hidden + router, routed, 2.0 * gates * shared + 2.0 * hidden, float(shared)
 

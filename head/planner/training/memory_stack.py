@@ -32,6 +32,9 @@ class MemoryStack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     keeps_narrow_gradients: bool = False  # 16-bit gradients beside their fp32 sums
     fp32_partition_copies: int = 0  # flat fp32 buffers beside master and moments (gradients, all-gather), sharded
     bucket_elements: float = 0.0  # of a reduce and of a gather bucket
+    narrow_inputs: bool = False  # 8-bit products keep their inputs in 8 bits (Transformer Engine)
+    gathered_blocks: float = 2.0  # layers of sharded weights that are whole at once: the one in use and the next
+    reduces_in_fp32: bool = True
     keeps_gathered: bool = False  # gathered frozen weights stay until the backward pass ends
     keeps_gathered_in_pipeline: bool = False  # weights stay gathered, gradients whole, while micro-batches run
     keeps_stage_outputs: bool = False  # the last stage holds the logits of all its micro-batches
@@ -45,7 +48,7 @@ class MemoryStack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 STACKS: dict[str, MemoryStack] = {
     stack.name: stack
     for stack in (
-        MemoryStack(name="megatron"),
+        MemoryStack(name="megatron", narrow_inputs=True),
         MemoryStack(name="megatron-2022", has_dropout=True),
         MemoryStack(
             name="deepspeed", keeps_narrow_gradients=True, fp32_partition_copies=1, bucket_elements=5e8, loss_bytes=12.0
@@ -59,6 +62,8 @@ STACKS: dict[str, MemoryStack] = {
             keeps_stage_outputs=True,
             measure="reserved",
         ),
+        MemoryStack(name="llm-foundry", states="fp32_shards", loss_bytes=4.0, measure="reserved"),
+        MemoryStack(name="xla", states="fp32_shards", loss_bytes=6.0, gathered_blocks=1.0, reduces_in_fp32=False),
         MemoryStack(
             name="huggingface", states="fp32_shards", operators="eager", loss_bytes=14.0, has_lora_dropout=True
         ),
@@ -95,6 +100,23 @@ STACKS: dict[str, MemoryStack] = {
 }
 
 
+# Other names of the same programs.
+ALIASES = {
+    "mosaic": "llm-foundry",
+    "torchtitan": "fsdp",
+    "fsdp2": "fsdp",
+    "maxtext": "xla",
+    "megatron-bridge": "megatron",
+    "megatron-lm": "megatron",
+    "nemo": "megatron",
+    "megatron-deepspeed": "deepspeed",
+    "trl": "huggingface",
+    "peft": "huggingface",
+    "transformers": "huggingface",
+    "accelerate": "huggingface",
+}
+
+
 def stack_for(layout: TrainingLayout) -> MemoryStack:
     """The usual program for a layout: FSDP for sharded weights, DeepSpeed for ZeRO-2, else Megatron."""
     if layout.tuning != "full":
@@ -105,5 +127,9 @@ def stack_for(layout: TrainingLayout) -> MemoryStack:
 
 
 def stack_named(name: str, layout: TrainingLayout) -> MemoryStack:
-    """The stack called `name`; an unknown or empty name gets the usual one for the layout."""
-    return STACKS.get(name) or stack_for(layout)
+    """The stack called `name`, its release left out; an unknown or empty name gets the usual one for the layout."""
+    plain = name.split("@")[0].strip().lower()
+    found = STACKS.get(ALIASES.get(plain, plain))
+    if found is None or (found.name == "megatron" and layout.sharding in ("fsdp", "hsdp", "zero3")):
+        return stack_for(layout)
+    return found

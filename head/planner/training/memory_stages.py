@@ -93,7 +93,7 @@ def stage_activations(arch: Architecture, layout: TrainingLayout, stack: MemoryS
     for group, layers in zip(arch.groups, stage.layers, strict=True):
         if not layers:
             continue
-        one = layer_activations(arch.hidden, group, stack.operators, layout.tuning, stack)
+        one = layer_activations(arch.hidden, group, stack.operators, layout.tuning, stack, layout.precision)
         # routed copies live where the experts are: split by their width, and by tokens under sequence parallelism
         routed_ways = max(expert_tensor_ways(layout), sequence_ways if layout.ep > 1 else 1)
         routed = layout.expert_imbalance / routed_ways
