@@ -91,15 +91,16 @@ def _ask(
     begun, first, pieces, count = time.monotonic(), 0.0, [], 0
     usage: dict[str, Any] = {}
     finish = None
-    for chunk in client.chat(model, messages, **asked):
-        if chunk.text or chunk.reasoning:
-            first = first or time.monotonic()
-            count += 1
-        pieces.append(chunk.text)
-        usage = chunk.usage or usage
-        finish = chunk.finish_reason or finish
-        if options.output == "table" and chunk.text:
-            output.stream(chunk.text)
+    with output.interruptible("The answer was cut off; nothing goes on."):
+        for chunk in client.chat(model, messages, **asked):
+            if chunk.text or chunk.reasoning:
+                first = first or time.monotonic()
+                count += 1
+            pieces.append(chunk.text)
+            usage = chunk.usage or usage
+            finish = chunk.finish_reason or finish
+            if options.output == "table" and chunk.text:
+                output.stream(chunk.text)
     answer = "".join(pieces)
     ended = time.monotonic()
     if options.output == "table":

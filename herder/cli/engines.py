@@ -30,5 +30,6 @@ def settle(options: Globals, client: Client, node: str, *, is_stopping: bool) ->
         )
     for name in services:
         output.note(options, f"stopping the engines of {name}")
-        client.delete_service(name, wait_s=STOP_S)
+        with output.interruptible(f"{name} goes on stopping; head and agent run on. `herder down` again ends them."):
+            client.delete_service(name, wait_s=STOP_S)
     return ""

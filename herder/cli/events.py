@@ -21,16 +21,19 @@ WIDTHS = (14, 26, 8, 34)
 @pass_globals
 def command(options: Globals, after: int | None, kind: str, key: str, count: int | None) -> None:
     """Print changes as they happen, until Ctrl-C. With -o json one object per line."""
+    last = after or 0
     with options.connect() as client:
         seen = 0
         try:
             for event in client.events(after=after, kind=kind, key=key):
                 _print(options, event)
+                last = event.id
                 seen += 1
                 if seen == count:
                     return
         except KeyboardInterrupt:
-            return
+            with output.interruptible(f"`herder events --after {last}` goes on from here."):
+                raise
 
 
 def _print(options: Globals, event: types.Event) -> None:

@@ -84,7 +84,8 @@ def wait(options: Globals, job_id: str, timeout_s: float | None) -> None:
 @pass_globals
 def cancel(options: Globals, job_id: str, is_waiting: bool) -> None:
     """Stop a job. What its steps have completed stays."""
-    with options.connect() as client:
+    said = f"{job_id} goes on stopping, if the head has heard of it. `herder jobs show {job_id}` tells."
+    with options.connect() as client, output.interruptible(said):
         job = client.cancel_job(job_id, wait_s=30.0 if is_waiting else 0.0)
     said = "is being cancelled" if job.status in ("pending", "running") else f"is {job.status}"
     output.emit(options, job, f"{job.id} {said}", quiet=job.status)

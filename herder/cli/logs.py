@@ -27,13 +27,10 @@ def command(options: Globals, name: str, follow: bool, tail: int, previous: bool
     with options.connect() as client:
         replica = find_replica(client, name)
         is_line_open = False
-        try:
+        with output.interruptible(f"{replica} goes on; only the reading of its log has ended."):
             for piece in client.logs(replica, follow=follow, tail=tail, run=int(previous)):
                 output.stream(piece)
                 is_line_open = not piece.endswith("\n")
-        except KeyboardInterrupt:
-            if not follow:
-                raise
         if is_line_open:
             click.echo()
         if follow:

@@ -109,6 +109,7 @@ def run(args: list[str] | None, options: Globals) -> int:
         show_error("failed", error.format_message())
         return EXIT_FAILED
     except (click.Abort, KeyboardInterrupt):
+        click.echo("\nInterrupted. What the head has begun goes on: `herder status`.", err=True)
         return EXIT_INTERRUPTED
     except HerderError as error:
         show_error(error.code, error.message, hint_for(error, options))

@@ -93,7 +93,7 @@ def _shown(options: Globals, model: types.ModelView) -> str:
         ("digest", model.digest),
         ("served at", ", ".join(f"{url} ({device})" for device, url in sorted(model.services.items()))),
         ("registered", f"{text.age(model.created_ms, now_ms)} ago"),
-        *((name, _brief(value)) for name, value in model.detected.items()),
+        *((name, _brief(value)) for name, value in model.detected.items() if name != "format"),
         *((f"metadata {name}", _brief(value)) for name, value in model.metadata.items()),
     ]
     shown = output.fields(options, pairs)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -153,6 +154,16 @@ def fields(options: Globals, pairs: Sequence[tuple[str, str]]) -> str:
         text = safe("\n".join(value.splitlines()))
         lines.append(f"{name.ljust(longest)}  {paint_state(text) if is_state else text}")
     return "\n".join(lines)
+
+
+@contextmanager
+def interruptible(said: str) -> Iterator[None]:
+    """A wait that Ctrl-C ends with one line about what goes on without us. Raises: click's Exit with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"\n{_one_line(said)}", err=True)
+        raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
 
 
 def show_error(code: str, message: str, hint: str = "") -> None:

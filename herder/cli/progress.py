@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-import click
-
 from herder import types
 from herder.cli import text
-from herder.cli.output import EXIT_INTERRUPTED, has_colour, note
+from herder.cli.output import has_colour, interruptible, note
 from herder.cli.views import span
 
 if TYPE_CHECKING:
@@ -38,17 +36,11 @@ class View(Protocol):
 def follow(options: Globals, client: Client, job: types.JobView, *, timeout_s: float | None = None) -> types.JobView:
     """Shows the job until its end and returns its last view, also when it failed. Raises: as Client.watch_job."""
     last = job
-    try:
-        with _view(options) as view:
-            view.update(job)
-            for last in client.watch_job(job.id, timeout_s=timeout_s):
-                view.update(last)
-    except KeyboardInterrupt:
-        click.echo(
-            f"\n{job.id} goes on. `herder jobs wait {job.id}` looks again, `herder jobs cancel {job.id}` stops it.",
-            err=True,
-        )
-        raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
+    said = f"{job.id} goes on. `herder jobs wait {job.id}` looks again, `herder jobs cancel {job.id}` stops it."
+    with interruptible(said), _view(options) as view:
+        view.update(job)
+        for last in client.watch_job(job.id, timeout_s=timeout_s):
+            view.update(last)
     return last
 
 

@@ -132,7 +132,11 @@ def create(
         service = client.create_service(wanted)
         if is_waiting:
             output.note(options, f"{service.name}: waiting until {text.plural(replicas, 'replica')} answer")
-            service = client.wait_service(service.name, timeout_s=timeout_s or WAIT_S)
+            said = (
+                f"{name} goes on starting. `herder services show {name}` looks again, `herder services delete {name}`"
+            )
+            with output.interruptible(f"{said} stops it."):
+                service = client.wait_service(service.name, timeout_s=timeout_s or WAIT_S)
     output.emit(options, service, _shown(options, service), quiet=service.name)
     if is_waiting and service.state != "ready":
         error = next((replica.error for replica in service.replicas if replica.error), None)
@@ -149,7 +153,8 @@ def create(
 @pass_globals
 def delete(options: Globals, name: str, is_waiting: bool, timeout_s: float | None) -> None:
     """Stop a service's engines and forget it."""
-    with options.connect() as client:
+    said = f"{name} goes on stopping, if the head has heard of it. `herder services` tells."
+    with options.connect() as client, output.interruptible(said):
         service = client.delete_service(name, wait_s=(timeout_s or 60.0) if is_waiting else 0.0)
     said = "is gone" if service.state == "stopped" else f"is {service.state}"
     output.emit(options, service, f"{service.name} {said}", quiet="")

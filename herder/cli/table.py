@@ -1,4 +1,8 @@
-"""Tables of text that fit a width: columns shrink, then leave, before a line would wrap."""
+"""Tables of text that fit a width: columns shrink, then leave, before a line would wrap.
+
+Names may be anything that others wrote: they stay on their line, take the cells that they are counted with, and as a
+last resort are cut in columns that are not cut otherwise.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from dataclasses import dataclass
 GAP = 2
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _HARMLESS = "\n\t\u200c\u200d"  # and the joiners of scripts and emoji
+_WITHOUT_WIDTH = ("Mn", "Me", "Cf")  # marks on the letter before, joiners, directions
+_LEAST = 4  # cells that a text keeps when nothing else makes the table fit
 Paint = Callable[[str], str]
 
 
@@ -32,7 +38,8 @@ def width_of(text: str) -> int:
     if text.isascii():
         return len(text)
     return sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
+        0 if unicodedata.category(char) in _WITHOUT_WIDTH else 2 if unicodedata.east_asian_width(char) in "WF" else 1
+        for char in text
     )
 
 
@@ -101,9 +108,23 @@ def _fit(columns: Sequence[Column], widths: list[int], width: int) -> tuple[list
             fitted[widest] -= 1
             over -= 1
         droppable = [i for i in shown if columns[i].rank]
-        if over <= 0 or not droppable:
+        if over <= 0:
             return shown, fitted
+        if not droppable:
+            return shown, _squeezed(columns, shown, fitted, over)
         shown.remove(max(droppable, key=lambda i: columns[i].rank))
+
+
+def _squeezed(columns: Sequence[Column], shown: list[int], widths: list[int], over: int) -> list[int]:
+    """Nothing shrinks or leaves any more, since a name is too long: the widest texts give way, whatever they are."""
+    fitted = list(widths)
+    while over > 0:
+        able = [i for i in shown if not columns[i].is_number and fitted[i] > _LEAST]
+        if not able:
+            break
+        fitted[max(able, key=lambda i: fitted[i])] -= 1
+        over -= 1
+    return fitted
 
 
 def _line(
@@ -114,7 +135,7 @@ def _line(
 ) -> str:
     parts = []
     for position, (cell, column, width) in enumerate(zip(cells, columns, widths, strict=True)):
-        text = cut(cell, width) if column.shrinks_to else cell
+        text = cell if column.is_number else cut(cell, width)
         pad = " " * max(0, width - width_of(text))
         shown = paint(column.title, text) if paint else text
         is_last = position == len(cells) - 1

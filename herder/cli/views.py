@@ -105,7 +105,8 @@ LINES = (
     Column("WHAT", shrinks_to=14),
     Column("KIND"),
     Column("KEY", shrinks_to=16),
-    Column("CAUSE", shrinks_to=10, rank=1),
+    Column("DETAIL", shrinks_to=14, rank=1),
+    Column("CAUSE", shrinks_to=10, rank=2),
 )
 CANDIDATES = (
     Column("NODE", shrinks_to=12),
@@ -195,7 +196,8 @@ def service_row(service: types.ServiceView) -> list[str]:
 
 def replica_row(replica: types.ReplicaView, now_ms: int) -> list[str]:
     """A row of REPLICAS."""
-    memory = replica.gpu_memory_bytes or replica.memory_bytes
+    on_gpu = replica.measured_gpu_memory_bytes or replica.gpu_memory_bytes
+    memory = on_gpu or replica.measured_memory_bytes or replica.memory_bytes
     return [
         replica.replica,
         replica.state,
@@ -247,7 +249,7 @@ def recipe_row(recipe: types.RecipeView) -> list[str]:
 
 def line_row(line: types.Event | types.StoryLine) -> list[str]:
     """A row of LINES."""
-    return [clock(line.at_ms), line.what, line.kind, line.key, line.cause]
+    return [clock(line.at_ms), line.what, line.kind, line.key, numbers(line.detail), line.cause]
 
 
 def candidate_row(candidate: types.Candidate) -> list[str]:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -231,6 +232,47 @@ class TestLongWork:
         assert f"herder jobs cancel {JOB}" in rest
         assert "Traceback" not in rest
         assert head.count("POST", f"/api/v1/jobs/{JOB}/cancel") == 0
+
+    @pytest.mark.parametrize(
+        ("words", "path", "says"),
+        [
+            (("models",), "models", "herder status"),
+            (("services", "delete", "chat"), "services/chat", "chat goes on stopping"),
+            (("jobs", "cancel", JOB), f"jobs/{JOB}/cancel", f"herder jobs show {JOB}"),
+            (("health-check", "--target-url", "http://h/"), "health_check", "goes on"),
+            (("nodes", "drain", "n1"), "nodes/n1/drain", "goes on"),
+            (("logs", "chat-0", "-f"), "replicas", "goes on"),
+            (("events", "--after", "7"), "events", "herder events --after 7"),
+            (("backup", "kept.sqlite"), "backup", "goes on"),
+            (("chat", "smollm2", "hello"), "/v1/chat/completions", "nothing goes on"),
+        ],
+        ids=lambda value: value[0] if isinstance(value, tuple) else "",
+    )
+    def test_ctrl_c_in_any_wait(
+        self, head: ApiDouble, tmp_path: Path, words: tuple[str, ...], path: str, says: str
+    ) -> None:
+        """While a head does not answer, Ctrl-C ends a command with 130 and one line about what goes on."""
+        path = path if path.startswith("/") else f"/api/v1/{path}"
+        head.fail_next(path, *["hang"] * 5)
+        code = "from herder.cli.main import main; main()"
+        with subprocess.Popen(
+            [sys.executable, "-P", "-c", code, *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as child:
+            assert child.stderr is not None
+            asked = (any(where.partition("?")[0] == path for _, where, _ in head.requests) for _ in range(2_000))
+            assert any(found or time.sleep(0.01) for found in asked), head.requests
+            child.send_signal(signal.SIGINT)
+            said = child.stderr.read()
+        assert child.returncode == 130
+        (line,) = [line for line in said.splitlines() if line.strip()]
+        assert says in line
+        assert not list(tmp_path.glob("*kept*"))
 
     def test_the_live_picture(self) -> None:
         """On a terminal each step has a line with bytes, rate and time left."""

@@ -204,6 +204,7 @@ LINES = [
         "copy",
         "meta-llama/Llama-3.1-70B-Instruct@main|gpu-node-17:disk",
         "job-000000000001/download",
+        {"source": "https://host/llama.gguf", "size_bytes": 3 * GIB},
     ),
 ]
 CANDIDATES = [

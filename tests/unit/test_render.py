@@ -228,6 +228,19 @@ def test_endpoints_are_urls() -> None:
     assert render.endpoint(State(), replica()) == ""
 
 
+def test_an_engine_shows_what_was_reserved_and_what_was_measured() -> None:
+    """Both by their names: what placement set aside, and what was last reported, per GPU; nothing before that."""
+    engine = replica(memory_bytes=8 * GIB, gpu_memory_bytes=20 * GIB, gpus=(0, 1))
+    state = online(state_of(node(), service(), engine))
+    view = render.replica_view(state, engine)
+    assert (view.memory_bytes, view.gpu_memory_bytes) == (8 * GIB, 20 * GIB)
+    assert (view.measured_memory_bytes, view.measured_gpu_memory_bytes) == (None, None)
+    state.measured[engine.id] = (3 * GIB, 34 * GIB)
+    view = render.replica_view(state, engine)
+    assert (view.memory_bytes, view.gpu_memory_bytes) == (8 * GIB, 20 * GIB)
+    assert (view.measured_memory_bytes, view.measured_gpu_memory_bytes) == (3 * GIB, 17 * GIB)
+
+
 def test_a_service_says_why_it_is_not_ready() -> None:
     """Its own reason first, then a replica's error, then what the replicas do; nothing once it is ready."""
     failed = replica(state="failed", error=ErrorInfo("engine_failed", "no memory"))
