@@ -302,11 +302,13 @@ class ReplicaView(Answer, frozen=True):
     pid: int
     started_ms: int | None
     ready_ms: int | None
-    memory_bytes: int
-    gpu_memory_bytes: int
+    memory_bytes: int  # reserved for it by placement
+    gpu_memory_bytes: int  # reserved for it by placement, on each GPU
     exit_code: int | None
     error: ErrorDetail | None
     last_log: tuple[str, ...]
+    measured_memory_bytes: int | None = None  # resident, of all its processes; None: not measured yet
+    measured_gpu_memory_bytes: int | None = None  # on each GPU, by NVML; None: not measured yet, or no GPU
 
 
 class ServiceView(Answer, frozen=True):

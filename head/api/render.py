@@ -195,7 +195,8 @@ def endpoint(state: State, replica: Replica) -> str:
 
 
 def replica_view(state: State, replica: Replica) -> api.ReplicaView:
-    """One engine."""
+    """One engine, with what was reserved for it and what was measured of it."""
+    resident, on_gpus = state.measured.get(replica.id, (0, 0))
     return api.ReplicaView(
         replica=replica.id,
         service=replica.service,
@@ -214,6 +215,8 @@ def replica_view(state: State, replica: Replica) -> api.ReplicaView:
         exit_code=replica.exit_code,
         error=error_detail(replica.error),
         last_log=replica.last_log,
+        measured_memory_bytes=resident or None,
+        measured_gpu_memory_bytes=on_gpus // max(1, len(replica.gpus)) or None,
     )
 
 
