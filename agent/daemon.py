@@ -22,6 +22,7 @@ from agent.core.state import State, load
 from agent.driver import Driver
 from agent.exporter import Exporter, Facts
 from agent.holder_client import HolderClient
+from agent.identity import node_secret
 from agent.lease_note import LeaseNote
 from agent.ledger import Ledger
 from agent.link import Link
@@ -69,6 +70,7 @@ class Agent:
         self.rng = rng or random.Random()
         self.tasks = Supervisor("agent")
         self.nvml = Nvml()
+        self.identity = node_secret(state_dir.path)
         self.ledger = Ledger(state_dir.path / "ledger.db")
         self.state = load(State(), self.ledger.load())
         self.driver = Driver(self.state, self.ledger, self.clock, self.release)
@@ -183,6 +185,7 @@ class Agent:
             data_port=self.mover.data_port,
             http_port=self.exporter.port,
             launch_id=config.launch_id,
+            identity=self.identity,
         )
 
     def advertised(self) -> str:

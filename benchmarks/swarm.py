@@ -125,6 +125,7 @@ async def live(
         max_head_epoch=past.max_epoch,
         advertise="127.0.0.1",
         data_port=9,
+        identity=f"{index:064x}",
         http_port=9,
     )
     await socket.send_str(wire.encode(hello).decode())

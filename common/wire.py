@@ -160,6 +160,7 @@ class Hello(Message, frozen=True):
     http_port: Int = 0  # the agent's /metrics
     launch_id: str = ""
     features: tuple[str, ...] = ()
+    identity: str = ""  # the node's own secret; the head's shell puts its sha256 here before anybody looks
 
 
 class Welcome(Message, frozen=True):

@@ -21,6 +21,7 @@ DETAIL_BYTES = 65_536
 ID_CHARS = 128
 INVENTORY_BYTES = 262_144
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_IDENTITY = re.compile(r"[0-9a-f]{64}")
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9])?")
 _replace = msgspec.structs.replace
 
@@ -34,6 +35,8 @@ def check_hello(hello: wire.Hello, peer: str) -> None:
         raise InvalidRequest("hello: a port is not one")
     if len(msgspec.json.encode(hello.inventory)) > INVENTORY_BYTES:
         raise InvalidRequest(f"hello: the inventory is larger than {INVENTORY_BYTES} bytes")
+    if hello.identity and not _IDENTITY.fullmatch(hello.identity):
+        raise InvalidRequest("hello: the identity is not 32 bytes in hex")
     check_address(hello.advertise, peer)
 
 

@@ -22,6 +22,7 @@ from common import ids, limits, wire
 from common.clock import Clock, boottime_ms
 from common.errors import (
     ErrorInfo,
+    Forbidden,
     HerderError,
     InvalidRequest,
     TimedOut,
@@ -31,7 +32,7 @@ from common.errors import (
 )
 from common.telemetry import fields
 from head import frames, websocket
-from head.auth import authenticate, is_good
+from head.auth import authenticate, hash_secret, is_good
 from head.context import IdSource
 from head.core import events as ev
 from head.driver import Driver
@@ -258,8 +259,11 @@ class Sessions:
         ids.check_node_id(hello.node_id)
         ids.check_labels(hello.labels)
         frames.check_hello(hello, session.peer)
+        key = self._driver.state.keys.get(session.key_id)
+        if key is None or key.node not in ("", hello.node_id):
+            raise Forbidden("the key of this agent is for another node", hint="`herder keys` shows for which")
         self.counts["in hello"] += 1
-        return hello
+        return msgspec.structs.replace(hello, identity=hash_secret(hello.identity) if hello.identity else "")
 
     def _refuse(self, session: Session, error: HerderError) -> None:
         """Ends a connection that has not said a proper hello."""

@@ -334,6 +334,10 @@ class AsyncClient:
         path = f"/nodes/{segment(node)}"
         return await self._http.request("DELETE", path, types.Deleted, query={"force": force})
 
+    async def reset_node_identity(self, node: str) -> types.NodeView:
+        """Lets a node whose agent lost its state directory come with a new secret. Needs an admin's token."""
+        return await self._http.request("POST", f"/nodes/{segment(node)}/reset-identity", types.NodeView)
+
     async def cordon(self, node: str) -> types.NodeView:
         """Places nothing new on a node."""
         return await self._http.request("POST", f"/nodes/{segment(node)}/cordon", types.NodeView)
@@ -498,9 +502,9 @@ class AsyncClient:
         """Keys, without their tokens."""
         return Listing(self._http, "/keys", types.KeyView, {"role": role})
 
-    async def create_key(self, role: types.Role, name: str, *, ttl_s: int = 0) -> types.KeyView:
-        """Makes a key; `token` is in this answer and nowhere else. ttl_s 0: no end."""
-        body = types.CreateKey(role=role, name=name, ttl_s=ttl_s)
+    async def create_key(self, role: types.Role, name: str, *, ttl_s: int = 0, node: str = "") -> types.KeyView:
+        """Makes a key; `token` is in this answer and nowhere else. ttl_s 0: no end. node: an agent key's only node."""
+        body = types.CreateKey(role=role, name=name, ttl_s=ttl_s, node=node)
         key = await self._http.request("POST", "/keys", types.KeyView, body=body)
         if not key.token:
             raise HerderError(

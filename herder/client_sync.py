@@ -171,6 +171,7 @@ class Client:
     node = _call(AsyncClient.node)
     label_node = _call(AsyncClient.label_node)
     remove_node = _call(AsyncClient.remove_node)
+    reset_node_identity = _call(AsyncClient.reset_node_identity)
     cordon = _call(AsyncClient.cordon)
     uncordon = _call(AsyncClient.uncordon)
     drain = _call(AsyncClient.drain)

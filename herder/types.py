@@ -400,6 +400,7 @@ class CreateKey(Request, frozen=True):
     role: Role
     name: Annotated[str, Meta(min_length=1, max_length=64)]
     ttl_s: Annotated[int, Meta(ge=0)] = 0  # 0: no end
+    node: Annotated[str, Meta(max_length=63)] = ""  # role agent: the only node that may use it
 
 
 class KeyView(Answer, frozen=True):
@@ -410,6 +411,7 @@ class KeyView(Answer, frozen=True):
     expires_ms: int | None
     is_revoked: bool
     token: str | None = None  # only in the answer that created it
+    node: str = ""  # the only node that may use it; empty: any
 
 
 class Event(Answer, frozen=True):

@@ -18,7 +18,13 @@ from head.api.models import ForceQuery
 from head.api.pages import OrderKey, decode_cursor, encode_cursor
 from head.api.routes import PREFIX, ListQuery, PageOf, Route
 from head.core import node_facts
-from head.core.events import CordonRequested, DrainRequested, RemoveNodeRequested, UpdateNodeRequested
+from head.core.events import (
+    CordonRequested,
+    DrainRequested,
+    RemoveNodeRequested,
+    ResetIdentityRequested,
+    UpdateNodeRequested,
+)
 from head.core.objects import Node
 from head.core.state import State
 from herder import types as api
@@ -107,6 +113,12 @@ async def drain(call: Call) -> web.StreamResponse:
     node = find(await call.read(), call.path("id"))
     body = call.body(api.DrainNode) if call.raw_body else api.DrainNode()
     await call.submit(DrainRequested, node=node.id, body=body)
+    return _shown(call)
+
+
+async def reset_identity(call: Call) -> web.StreamResponse:
+    node = find(await call.read(), call.path("id"))
+    await call.submit(ResetIdentityRequested, node=node.id)
     return _shown(call)
 
 
@@ -203,6 +215,17 @@ ROUTES = (
         body=api.DrainNode,
         is_body_optional=True,
         codes=_MISSING,
+    ),
+    Route(
+        "POST",
+        f"{_NODE}/reset-identity",
+        reset_identity,
+        "admin",
+        TAG,
+        "Let a node come with a new secret",
+        api.NodeView,
+        codes=_MISSING,
+        description="For a node whose agent has lost its state directory: the next agent that says its id binds it.",
     ),
     Route(
         "GET",

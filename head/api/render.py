@@ -304,7 +304,14 @@ def _step_view(state: State, step: Step, now_ms: int) -> api.StepView:
 def key_view(key: ApiKey, token: str | None = None) -> api.KeyView:
     """A key without its secret; `token` only in the answer that created it."""
     return api.KeyView(
-        key.id, key.name, cast(api.Role, key.role), key.created_ms, key.expires_ms or None, key.is_revoked, token
+        key.id,
+        key.name,
+        cast(api.Role, key.role),
+        key.created_ms,
+        key.expires_ms or None,
+        key.is_revoked,
+        token,
+        node=key.node,
     )
 
 

@@ -163,6 +163,10 @@ class RemoveNodeRequested(RequestEvent, frozen=True, kw_only=True):
     force: bool = False
 
 
+class ResetIdentityRequested(RequestEvent, frozen=True, kw_only=True):
+    node: str
+
+
 class CreateJobRequested(RequestEvent, frozen=True, kw_only=True):
     """A job file, or a one-step job that /download, /move, /serve, ... make. Answered with "job:<id>"."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from common import limits
+from common import ids, limits
 from common.errors import Conflict, InvalidValue, KeyNotFound, TooMany
 from head.core import idempotency
 from head.core.events import CreateKeyRequested, Event, RevokeKeyRequested
@@ -30,6 +30,10 @@ def create(turn: Turn, event: CreateKeyRequested) -> None:
     body = event.body
     if not body.name.isprintable():
         raise InvalidValue("the key's name has characters that cannot be printed")
+    if body.node:
+        if body.role != "agent":
+            raise InvalidValue("only a key of the role agent can be bound to a node")
+        ids.check_node_id(body.node)
     if len(turn.state.keys) >= limits.KEYS:
         raise TooMany(f"{limits.KEYS} keys exist already", hint="revoke keys that are not used")
     if len(event.secret_sha256) != 64 or event.fresh_id in turn.state.keys:
@@ -41,6 +45,7 @@ def create(turn: Turn, event: CreateKeyRequested) -> None:
         secret_sha256=event.secret_sha256,
         created_ms=turn.now_ms,
         expires_ms=turn.now_ms + body.ttl_s * 1_000 if body.ttl_s else 0,
+        node=body.node,
     )
     turn.put(key, "key_created", role=key.role, actor=event.actor)
     idempotency.answer(turn, event, f"key:{key.id}")

@@ -8,6 +8,7 @@ taken back with its turn when the agent would otherwise never repeat it.
 from __future__ import annotations
 
 import base64
+import hmac
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ import msgspec
 from common import ids, limits, tickets, wire
 from common.errors import (
     Conflict,
+    Forbidden,
     HerderError,
     InvalidName,
     InvalidValue,
@@ -49,6 +51,7 @@ def said_hello(turn: Turn, event: AgentSaidHello) -> None:
     hello = event.hello
     try:
         _check_hello(turn.state, hello)
+        _check_identity(turn, hello)
     except HerderError as error:
         turn.emit(CloseSession(event.session_id, error.info()))
         return
@@ -269,6 +272,28 @@ def _check_hello(state: State, hello: wire.Hello) -> None:
         raise TooMany(f"{limits.NODES} nodes are known", hint="remove nodes that are gone")
 
 
+def _check_identity(turn: Turn, hello: wire.Hello) -> None:
+    """A node id belongs to the secret that was shown with it first. Raises: Forbidden.
+
+    A node without a secret (an agent of an older version) is bound by the first hello that brings one, and from then
+    on a hello without is refused too.
+    """
+    node = turn.state.nodes.get(hello.node_id)
+    alarm = f"wrong_identity:{hello.node_id}"
+    if node is None or not node.identity_sha256:
+        return
+    if hmac.compare_digest(node.identity_sha256, hello.identity):
+        turn.emit(Alarm(alarm, "the node has come with its own secret", is_on=False))
+        return
+    turn.emit(Alarm(alarm, f"an agent says that it is {hello.node_id} and does not know that node's secret"))
+    raise Forbidden(
+        f"{hello.node_id} is known under another secret",
+        hint=f"if its state directory was lost: `herder nodes reset-identity {hello.node_id}`; else give this agent "
+        "a node id of its own",
+        node=hello.node_id,
+    )
+
+
 def _open_session(turn: Turn, event: AgentSaidHello, before: Node | None) -> None:
     """Makes this the node's session; an older one is closed. A turn taken back leaves the old one standing."""
     state, node_id = turn.state, event.hello.node_id
@@ -327,6 +352,7 @@ def _node_of(turn: Turn, hello: wire.Hello, peer: str, before: Node | None) -> N
         "data_port": hello.data_port,
         "http_port": hello.http_port,
         "launch_id": hello.launch_id,
+        "identity_sha256": hello.identity,
     }
     if before is None:
         return Node(

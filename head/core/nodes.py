@@ -13,8 +13,15 @@ import msgspec
 from common import ids
 from common.errors import InUse, InvalidValue, LastCopy, NodeNotFound
 from head.core import copy_facts, copy_sources, drains, liveness, node_sessions, services
-from head.core.effects import CloseSession
-from head.core.events import CordonRequested, DrainRequested, Event, RemoveNodeRequested, UpdateNodeRequested
+from head.core.effects import Alarm, CloseSession
+from head.core.events import (
+    CordonRequested,
+    DrainRequested,
+    Event,
+    RemoveNodeRequested,
+    ResetIdentityRequested,
+    UpdateNodeRequested,
+)
 from head.core.node_facts import interval_ms, is_placeable, is_reachable, lease_ms, node_state, respread_ms
 from head.core.objects import Copy, Node
 from head.core.state import State
@@ -85,6 +92,18 @@ def update(turn: Turn, event: UpdateNodeRequested) -> None:
     turn.reply(event, reference=f"node:{node.id}")
 
 
+def reset_identity(turn: Turn, event: ResetIdentityRequested) -> None:
+    """Forgets the secret of a node whose state directory was lost: the next agent that says its id binds it anew.
+
+    A session that is open goes on. Answered with "node:<id>". Raises: NodeNotFound.
+    """
+    node = _known(turn.state, event.node)
+    if node.identity_sha256:
+        turn.put(msgspec.structs.replace(node, identity_sha256=""), "node_identity_reset", actor=event.actor)
+        turn.emit(Alarm(f"wrong_identity:{node.id}", "its identity was reset", is_on=False))
+    turn.reply(event, reference=f"node:{node.id}")
+
+
 def remove(turn: Turn, event: RemoveNodeRequested) -> None:
     """Forgets a node and its copies. Answered with "node:<id>", which is gone then.
 
@@ -104,6 +123,7 @@ def remove(turn: Turn, event: RemoveNodeRequested) -> None:
         if not copy_facts.is_projection(copy):
             turn.delete("copy", copy.key, "copy_forgotten", reason="the node was removed")
     turn.delete("node", node.id, "node_removed", actor=event.actor)
+    turn.emit(Alarm(f"wrong_identity:{node.id}", "the node was removed", is_on=False))
     state.lost_ms.pop(node.id, None)
     copy_sources.forget_node(turn, node.id)
     services.on_node_lost(turn, node.id)
@@ -149,6 +169,7 @@ HANDLERS: dict[type[Event], Callable[[Turn, Any], None]] = {
     **liveness.HANDLERS,
     CordonRequested: cordon,
     DrainRequested: drain,
+    ResetIdentityRequested: reset_identity,
     UpdateNodeRequested: update,
     RemoveNodeRequested: remove,
 }

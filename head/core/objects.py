@@ -69,6 +69,7 @@ class Node(Object, frozen=True):
     drain_reason: str = ""
     is_drained: bool = False
     leaving_ms: int = 0  # when the agent said it will be gone; 0: not leaving
+    identity_sha256: str = ""  # of the secret that the node's sessions must show; "": the next one that comes binds it
 
     @property
     def key(self) -> str:
@@ -309,6 +310,7 @@ class ApiKey(Object, frozen=True):
     expires_ms: int = 0
     is_revoked: bool = False
     revoked_ms: int = 0
+    node: str = ""  # role agent: the only node id that this key may say; "": any
 
     @property
     def key(self) -> str:

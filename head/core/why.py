@@ -174,6 +174,8 @@ def _node_words(state: State, node: Node, now_ms: int) -> str:
         words.append(f"{left} replicas are left to drain, {seconds} s to its deadline")
     if not node.inventory.gpus and node.inventory.gpu_reason:
         words.append(f"no GPUs: {node.inventory.gpu_reason}")
+    if not node.identity_sha256:
+        words.append("it has no secret of its own: any agent with a join token may take its place")
     if live is not None and live.unknown_copies:
         words.append(_unknown_words(live.unknown_copies))
     return "; ".join(words)

@@ -28,6 +28,7 @@ def command() -> None:
     examples=(
         "herder keys create --role viewer grafana --file grafana.token",
         "herder keys create --role agent join --ttl 7d",
+        "herder keys create --role agent gpu-7 --node gpu-7 --file gpu-7.token",
         "herder keys create --role inference app -q",
     ),
 )
@@ -36,11 +37,12 @@ def command() -> None:
 @click.option(
     "--ttl", "ttl_s", type=Duration(), default=0, metavar="TIME", help="How long it is valid; default: for ever."
 )
+@click.option("--node", default="", metavar="ID", help="Role agent: only this node may use it.")
 @click.option(
     "--file", type=click.Path(path_type=Path), help="Write the token to a new 0600 file instead of printing it."
 )
 @pass_globals
-def create(options: Globals, name: str, role: types.Role, ttl_s: float, file: Path | None) -> None:
+def create(options: Globals, name: str, role: types.Role, ttl_s: float, node: str, file: Path | None) -> None:
     """Make a token. It is shown once and kept nowhere: only its hash stays at the head."""
     target = None
     if file is not None:
@@ -51,7 +53,7 @@ def create(options: Globals, name: str, role: types.Role, ttl_s: float, file: Pa
             raise click.UsageError(f"{file} exists already") from None
     try:
         with options.connect() as client:
-            key = client.create_key(role, name, ttl_s=int(ttl_s))
+            key = client.create_key(role, name, ttl_s=int(ttl_s), node=node)
     except BaseException:
         if target is not None and file is not None:
             os.close(target)

@@ -144,3 +144,13 @@ def remove(options: Globals, node: str, force: bool) -> None:
     with options.connect() as client:
         gone = client.remove_node(node, force=force)
     output.emit(options, gone, f"{gone.key} is {'removed' if gone.is_done else 'being removed'}", quiet="")
+
+
+@command.command("reset-identity", examples=("herder nodes reset-identity n1",))
+@click.argument("node")
+@pass_globals
+def reset_identity(options: Globals, node: str) -> None:
+    """Let a node come with a new secret, after its agent lost its state directory. Needs an admin's token."""
+    with options.connect() as client:
+        found = client.reset_node_identity(node)
+    output.emit(options, found, f"{found.node_id}: the next agent that says this id takes its place", quiet="")

@@ -17,7 +17,7 @@ from common.clock import ManualClock
 from common.errors import ErrorInfo, HerderError, NodeUnreachable, NotFound, TimedOut, TooMany, WrongCluster
 from head import log_broker
 from head import sessions as sessions_module
-from head.auth import new_token
+from head.auth import hash_secret, new_token
 from head.core import events as ev
 from head.core.objects import ApiKey, Meta, Replica
 from head.core.state import Live, State
@@ -485,3 +485,32 @@ async def test_readings_beyond_their_limit_end_the_session() -> None:
         error, _, _ = await refused(agent)
         assert error.code == "invalid_request"
         assert not head.seen(ev.TelemetryReceived)
+
+
+async def test_a_key_for_one_node_opens_no_session_of_another() -> None:
+    """Refused at hello, before the core hears of it; its own node is welcome."""
+    async with running() as head:
+        key = head.state.keys["key-agent"]
+        head.state.keys["key-agent"] = msgspec.structs.replace(key, node="n1")
+        agent = await head.dial()
+        await agent.say(hello("n2"))
+        error, _, code = await refused(agent)
+        assert (error.code, code) == ("forbidden", WSCloseCode.POLICY_VIOLATION)
+        assert head.events == []
+        await head.join("n1")
+
+
+async def test_the_core_sees_a_hash_and_never_the_secret() -> None:
+    """What an agent shows is hashed at the door; what is no secret of the known form is refused."""
+    secret = "5" * 64
+    async with running() as head:
+        agent = await head.dial()
+        await agent.say(msgspec.structs.replace(hello("n1"), identity=secret))
+        assert isinstance(await agent.hear(), wire.Welcome)
+        (said,) = head.seen(ev.AgentSaidHello)
+        assert isinstance(said, ev.AgentSaidHello)
+        assert said.hello.identity == hash_secret(secret)
+        agent = await head.dial()
+        await agent.say(msgspec.structs.replace(hello("n1"), identity="guess"))
+        error, _, _ = await refused(agent)
+        assert error.code == "invalid_request"

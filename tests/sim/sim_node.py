@@ -6,6 +6,7 @@ Every batch that becomes durable is looked at: no order of an older head or gene
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable
 
@@ -255,6 +256,7 @@ class SimNode:
             max_head_epoch=self.state.meta.max_head_epoch,
             advertise="127.0.0.1",
             data_port=7001,
+            identity=hashlib.sha256(self.node_id.encode()).hexdigest(),  # a twin is a cloned disk: it has the same
         )
 
     def _give_up_hello(self, session_id: str) -> None:
