@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from head.planner.endpoints import about
+from head.planner.endpoints import about, training_memory
 
-ENDPOINTS = (*about.ENDPOINTS,)
+ENDPOINTS = (*about.ENDPOINTS, *training_memory.ENDPOINTS)
 BY_PATH = {endpoint.path: endpoint for endpoint in ENDPOINTS}
 BY_VERB = {endpoint.verb: endpoint for endpoint in ENDPOINTS if endpoint.verb}
