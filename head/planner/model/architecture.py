@@ -97,6 +97,8 @@ class Architecture(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     embedding_width: int = 0  # when it differs from `hidden`
     final_norm: NormKind = "rms"
     embedding_norms: int = 0  # norms over the embeddings, before the first layer
+    embedding_norm: NormKind = "none"
+    position_width: int = 0  # of the position and type tables, when it differs from the input embedding's
     types: int = 0  # rows of a token-type table
     other_params: int = 0
     other_embedding_params: int = 0  # tables looked up by token beside the input embedding (per-layer embeddings, ...)

@@ -45,6 +45,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
         "n_heads",
         "num_heads",
         "num_query_heads",
+        "attention_heads",
         "decoder_attention_heads",
     ),
     "num_key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv", "n_kv_heads", "multi_query_group_num"),

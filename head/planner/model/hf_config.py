@@ -12,14 +12,21 @@ from typing import Any
 import msgspec
 
 from common.errors import InvalidValue
+from head.planner.model import mixers
 from head.planner.model.architecture import Architecture, Attention, FeedForward, LayerGroup
-from head.planner.model.families import Family, family_of
+from head.planner.model.extras import with_extras
+from head.planner.model.families import Family, family_of, norm_of, norms_of
 from head.planner.model.feed_forwards import feed_forward_of, is_expert_layer
-from head.planner.model.fields import ALIASES, LAYERS, WIDTH, Fields
-from head.planner.model.layer_kinds import layer_kinds
-from head.planner.model.mixers import attention_of, compressed_attention, gated_delta, mamba1, mamba2
+from head.planner.model.fields import ALIASES, LAYERS, WIDTH, Fields, integer
+from head.planner.model.layer_kinds import is_left_out, layer_kinds
+from head.planner.model.mixers import attention_of, compressed_attention, mamba1, mamba2
 
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "decoder")
+# Parts of a configuration with fields of their own (DBRX, MPT).
+_PARTS = {
+    "attn_config": {"kv_n_heads": "num_key_value_heads"},
+    "ffn_config": {"ffn_hidden_size": "intermediate_size", "moe_num_experts": "num_experts", "moe_top_k": "moe_topk"},
+}
 _DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float8_e4m3fn": "fp8", "half": "fp16"}
 
 
@@ -58,6 +65,10 @@ def _text_part(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]
                 break
         else:
             break
+    for part, names in _PARTS.items():
+        inner = config.get(part)
+        if isinstance(inner, Mapping):
+            config = {**config, **{new: inner[old] for old, new in names.items() if old in inner}}
     return config, notes
 
 
@@ -90,6 +101,7 @@ def _assemble(fields: Fields, family: Family, model_type: str, name: str) -> Arc
         positions = fields.integer("max_position_embeddings", 2048, high=WIDTH) + family.position_offset
     quantisation, dtype, kv_dtype = _weights(fields)
     width = fields.integer("word_embed_proj_dim", fields.integer("embedding_size", hidden))
+    norm = norm_of(fields, family)
     architecture = Architecture(
         name=name or fields.text("_name_or_path") or model_type or "model",
         hidden=hidden,
@@ -98,11 +110,12 @@ def _assemble(fields: Fields, family: Family, model_type: str, name: str) -> Arc
         is_tied=fields.flag("tie_word_embeddings", family.is_tied),
         has_head=family.has_head,
         is_causal=family.is_causal,
-        has_head_bias=family.has_head_bias,
+        has_head_bias=fields.flag("lm_head_bias", family.has_head_bias),
         positions=positions,
         context=fields.integer("max_position_embeddings", 0),
         embedding_width=0 if width == hidden else width,
-        final_norm=family.final_norm or family.norm,
+        final_norm=family.final_norm or norm,
+        embedding_norm=family.norm if family.embedding_norms else "none",
         embedding_norms=family.embedding_norms,
         types=fields.integer("type_vocab_size", family.types) if family.types else 0,
         mtp_layers=fields.integer("num_nextn_predict_layers", fields.integer("mtp_num_hidden_layers", 0)),
@@ -112,71 +125,75 @@ def _assemble(fields: Fields, family: Family, model_type: str, name: str) -> Arc
         family=model_type,
         source="config",
     )
-    architecture = _with_extras(architecture, fields, model_type)
+    architecture = with_extras(architecture, fields, model_type)
     return msgspec.structs.replace(architecture, notes=tuple(fields.notes))
 
 
 def _layer(fields: Fields, family: Family, hidden: int, kind: str, index: int) -> LayerGroup:
+    blocks = fields.sequence("block_configs")
+    if blocks:
+        return _searched(fields, family, hidden, blocks[index], index)
     attention = _mixer(fields, family, hidden, kind, index)
     if kind in ("mlp", "moe"):
         feed_forward = feed_forward_of(fields, family, hidden, index, is_moe=kind == "moe")
-    elif fields.raw("model_type") == "nemotron_h":
+    elif fields.raw("model_type") == "nemotron_h" or (family.mixer and kind == "mamba" and family.norms == 1):
         feed_forward = FeedForward(kind="none")
     else:
         feed_forward = feed_forward_of(fields, family, hidden, index, is_moe=is_expert_layer(fields, family, index))
     return LayerGroup(
-        count=1, attention=attention, feed_forward=feed_forward, norm=family.norm, norms=family.norms, kind=kind
+        count=1,
+        attention=attention,
+        feed_forward=feed_forward,
+        norm=norm_of(fields, family),
+        norms=norms_of(fields, family),
+        kind=kind,
     )
+
+
+def _searched(fields: Fields, family: Family, hidden: int, block: Any, index: int) -> LayerGroup:
+    """A layer whose sizes were searched for: heads per group and width of its own, or a part left out.
+
+    Source: the DeciLM configuration (`ffn_mult` of 2/3 of the width, rounded up to 256).
+    """
+    heads = fields.integer("num_attention_heads", low=1)
+    attention = Attention(kind="none")
+    feed_forward = FeedForward(kind="none")
+    if not is_left_out(block, "attention"):
+        group = integer(block["attention"].get("n_heads_in_group"), "n_heads_in_group", low=1, high=heads)
+        head_dim = fields.integer("head_dim", hidden // heads)
+        attention = Attention(heads=heads, kv_heads=heads // group, head_dim=head_dim)
+    if not is_left_out(block, "ffn"):
+        multiple = Fields(block["ffn"]).number("ffn_mult", 4.0, low=0.01, high=64)
+        width = int(2 * multiple * hidden / 3)
+        feed_forward = FeedForward(width=256 * -(-width // 256))
+    norms = (attention.kind != "none") + (feed_forward.kind != "none")
+    return LayerGroup(count=1, attention=attention, feed_forward=feed_forward, norms=norms, kind="full")
 
 
 def _mixer(fields: Fields, family: Family, hidden: int, kind: str, index: int) -> Attention:
     match kind:
         case "mlp" | "moe":
             return Attention(kind="none")
+        case "linear" if family.mixer == "kimi_delta":
+            return mixers.kimi_delta(fields, hidden)
+        case "linear" if family.mixer == "lightning":
+            return mixers.lightning(fields, hidden)
         case "linear":
-            return gated_delta(fields, hidden)
+            return mixers.gated_delta(fields, hidden)
+        case "conv":
+            return mixers.short_convolution(fields, hidden)
+        case "mamba" if family.mixer == "mamba2":
+            return mamba2(fields, hidden)
         case "mamba":
-            return mamba2(fields, hidden) if family.mixer == "mamba2" else mamba1(fields, hidden)
+            return mamba1(fields, hidden, has_inner_norms=fields.raw("model_type") == "jamba")
+        case "hybrid":
+            return mixers.hybrid(attention_of(fields, family, hidden, "full", index), mamba2(fields, hidden))
         case _ if kind.startswith("compressed:"):
             return compressed_attention(fields, hidden, int(kind.partition(":")[2]))
         case "sliding" | "chunked":
             return attention_of(fields, family, hidden, kind, index)
         case _:
             return attention_of(fields, family, hidden, "full", index)
-
-
-def _with_extras(architecture: Architecture, fields: Fields, model_type: str) -> Architecture:
-    """Parts outside of the layers, or in each of them, that single families have."""
-    replace = msgspec.structs.replace
-    hidden = architecture.hidden
-    if model_type.startswith("deepseek_v4"):
-        copies = fields.integer("hc_mult", 4, low=1)
-        mixes = (2 + copies) * copies
-        each = 2 * (mixes * copies * hidden + mixes + 3)
-        groups = tuple(replace(group, other_params=group.other_params + each) for group in architecture.groups)
-        head = copies * copies * hidden + copies + 1
-        return replace(architecture, groups=groups, other_params=head)
-    if model_type.startswith("gemma4"):
-        groups = tuple(_gemma4(group, hidden, fields) for group in architecture.groups)
-        architecture = replace(architecture, groups=groups)
-        width = fields.integer("hidden_size_per_layer_input", 0)
-        if width:
-            rows = fields.integer("vocab_size_per_layer_input", architecture.vocab)
-            layers = architecture.layers
-            architecture = replace(
-                architecture,
-                other_embedding_params=rows * layers * width,
-                other_params=hidden * layers * width + width,
-            )
-    return architecture
-
-
-def _gemma4(group: LayerGroup, hidden: int, fields: Fields) -> LayerGroup:
-    width = fields.integer("hidden_size_per_layer_input", 0)
-    extra = 1 + (2 * hidden * width + hidden if width else 0)
-    if group.feed_forward.kind == "moe":
-        extra += 3 * hidden + hidden + group.feed_forward.experts
-    return msgspec.structs.replace(group, other_params=group.other_params + extra - 1)
 
 
 def _grouped(layers: list[LayerGroup]) -> tuple[LayerGroup, ...]:

@@ -6,6 +6,8 @@ compressed layers) is counted exactly in `other_params`.
 
 from __future__ import annotations
 
+import msgspec
+
 from common.errors import InvalidValue
 from head.planner.model.architecture import Attention, AttentionKind
 from head.planner.model.families import Family
@@ -28,9 +30,10 @@ def attention_of(fields: Fields, family: Family, hidden: int, kind: AttentionKin
                 field="num_attention_heads",
             )
         head_dim = hidden // heads
-    kv_heads = _kv_heads(fields, heads, layer)
+    kv_heads = heads if family.has_one_head_count else _kv_heads(fields, heads, layer)
     if is_local:
-        kv_heads = fields.integer("swa_num_key_value_heads", kv_heads)
+        doubled = 2 * kv_heads if family.has_double_local_heads else kv_heads
+        kv_heads = fields.integer("swa_num_key_value_heads", doubled)
         head_dim = fields.integer("swa_head_dim", head_dim)
     else:
         kv_heads = fields.integer("num_global_key_value_heads", kv_heads)
@@ -45,7 +48,8 @@ def attention_of(fields: Fields, family: Family, hidden: int, kind: AttentionKin
     if qk_norm != "none" and family.qk_norm_field and not fields.flag(family.qk_norm_field, family.qk_norm_default):
         qk_norm = "none"
     norm_bias = 2 * head_dim if qk_norm == "head" and family.qk_norm_has_bias else 0
-    is_shared = layer >= fields.integer("num_hidden_layers") - fields.integer("num_kv_shared_layers", 0)
+    shared = fields.integer("num_kv_shared_layers", 0)
+    is_shared = shared > 0 and layer >= fields.integer("num_hidden_layers") - shared
     return Attention(
         kind=kind,
         heads=heads,
@@ -141,10 +145,11 @@ def compressed_attention(fields: Fields, hidden: int, ratio: int) -> Attention:
 
 def gated_delta(fields: Fields, hidden: int) -> Attention:
     """Gated DeltaNet: keys and values through a short convolution into a matrix per value head."""
-    key_heads = fields.integer("linear_num_key_heads", low=1)
-    value_heads = fields.integer("linear_num_value_heads", low=1)
-    key_dim = fields.integer("linear_key_head_dim", low=1)
-    value_dim = fields.integer("linear_value_head_dim", low=1)
+    heads = fields.integer("num_attention_heads", 1, low=1)
+    value_heads = fields.integer("linear_num_value_heads", heads, low=1)
+    key_heads = fields.integer("linear_num_key_heads", value_heads, low=1)
+    key_dim = fields.integer("linear_key_head_dim", 3 * hidden // (4 * heads), low=1)
+    value_dim = fields.integer("linear_value_head_dim", 2 * key_dim, low=1)
     kernel = fields.integer("linear_conv_kernel_dim", 4, low=1)
     keys, values = key_heads * key_dim, value_heads * value_dim
     channels = 2 * keys + values
@@ -162,15 +167,72 @@ def gated_delta(fields: Fields, hidden: int) -> Attention:
     )
 
 
+def kimi_delta(fields: Fields, hidden: int) -> Attention:
+    """Kimi Delta Attention: a delta rule with a gate per channel, gates through low-rank projections."""
+    inner = fields.mapping("linear_attn_config") or {}
+    own = Fields(inner, {"num_heads": 32, "head_dim": 128, "short_conv_kernel_size": 4})
+    heads = own.integer("num_heads", low=1, high=HEADS)
+    head_dim = fields.integer("linear_head_dim", own.integer("head_dim", low=1))
+    kernel = own.integer("short_conv_kernel_size", 4, low=1)
+    width = heads * head_dim
+    total = 4 * hidden * width + 3 * width * kernel + width + heads + 2 * (hidden * head_dim + head_dim * width)
+    total += hidden * heads + head_dim
+    return Attention(
+        kind="linear",
+        heads=heads,
+        kv_heads=heads,
+        head_dim=head_dim,
+        state_elements=heads * head_dim * head_dim,
+        conv_elements=3 * width * (kernel - 1),
+        other_params=total,
+    )
+
+
+def lightning(fields: Fields, hidden: int) -> Attention:
+    """Lightning attention (MiniMax-Text): linear attention with a decay per head, a norm and an output gate."""
+    heads = fields.integer("num_attention_heads", low=1)
+    head_dim = fields.integer("head_dim", 0) or hidden // heads
+    width = heads * head_dim
+    return Attention(
+        kind="linear",
+        heads=heads,
+        kv_heads=heads,
+        head_dim=head_dim,
+        state_elements=heads * head_dim * head_dim,
+        other_params=5 * hidden * width + width,
+    )
+
+
+def short_convolution(fields: Fields, hidden: int) -> Attention:
+    """A gated short convolution (LFM2)."""
+    kernel = fields.integer("conv_L_cache", 3, low=1)
+    has_bias = fields.flag("conv_bias")
+    total = 4 * hidden * hidden + hidden * (kernel + has_bias) + (4 * hidden if has_bias else 0)
+    return Attention(kind="mamba", heads=1, conv_elements=hidden * (kernel - 1), other_params=total)
+
+
+def hybrid(attention: Attention, recurrent: Attention) -> Attention:
+    """Attention and a state-space layer side by side (Falcon-H1)."""
+    return msgspec.structs.replace(
+        attention,
+        state_elements=recurrent.state_elements,
+        conv_elements=recurrent.conv_elements,
+        other_params=attention.other_params + recurrent.other_params,
+    )
+
+
 def mamba2(fields: Fields, hidden: int) -> Attention:
     """A Mamba-2 layer: gate, convolved inputs and two group projections, one time step per head."""
     heads = fields.integer("mamba_num_heads", fields.integer("mamba_n_heads", fields.integer("num_heads", 0)), low=1)
-    head_dim = fields.integer("mamba_head_dim", fields.integer("mamba_d_head", 64), low=1)
+    named = "mamba_d_head" if fields.raw("mamba_d_head") not in (None, "auto") else "mamba_head_dim"
+    head_dim = fields.integer(named, fields.integer("head_dim", 64), low=1)
     state = fields.integer("ssm_state_size", fields.integer("mamba_d_state", fields.integer("state_size", 128)), low=1)
     groups = fields.integer("n_groups", fields.integer("mamba_n_groups", 1), low=1)
     kernel = fields.integer("conv_kernel", fields.integer("mamba_d_conv", 4), low=1)
     has_bias = fields.flag("mamba_proj_bias", fields.flag("use_bias"))
     has_conv_bias = fields.flag("use_conv_bias", fields.flag("mamba_conv_bias", True))
+    if fields.has("mamba_n_heads") and fields.raw("mamba_d_head") in (None, "auto"):
+        head_dim = fields.integer("mamba_expand", 2) * hidden // heads
     inner = heads * head_dim
     channels = inner + 2 * groups * state
     projected = inner + channels + heads

@@ -68,10 +68,11 @@ def count(architecture: Architecture) -> ParameterCount:
     hidden = architecture.hidden
     table = architecture.vocab * architecture.input_width
     inputs = table + architecture.other_embedding_params
-    positions = (architecture.positions + architecture.types) * architecture.input_width
+    position_width = architecture.position_width or architecture.input_width
+    positions = (architecture.positions + architecture.types) * position_width
     head = head_parameters(architecture)
     final = norm_parameters(architecture.final_norm, hidden) + architecture.other_params
-    final += architecture.embedding_norms * norm_parameters(architecture.final_norm, architecture.input_width)
+    final += architecture.embedding_norms * norm_parameters(architecture.embedding_norm, architecture.input_width)
     layers = sum(group.total * group.count for group in groups)
     routed = sum(group.routed_experts * group.count for group in groups)
     total = inputs + positions + head + layers + final
