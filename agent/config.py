@@ -78,7 +78,7 @@ class AgentConfig(Group, frozen=True):
     engine_host: str = "127.0.0.1"  # where engines listen
     dram_budget_bytes: Bytes | None = None
     dram_tmpfs: str = ""  # a tmpfs (best with huge=within_size) for RAM copies; empty: the store's files stay in RAM
-    disk_budget_bytes: Bytes | None = None
+    disk_budget_bytes: Annotated[int, msgspec.Meta(ge=1)] | None = None
     disk_reserve_bytes: Bytes = 1 << 30  # left free on the store's file system, always
     allow_link_local: bool = False  # sources and health checks may use link-local and metadata addresses
     labels: dict[str, str] = {}

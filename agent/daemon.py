@@ -30,7 +30,7 @@ from agent.logs import LogService
 from agent.mover import protocol as mover_protocol
 from agent.mover.config import MoverConfig, SshSettings
 from agent.mover_client import MoverClient
-from agent.probe.host import read_inventory
+from agent.probe.host import disk_budget_bytes, read_inventory
 from agent.probe.nvml import Nvml, process_gpu_memory
 from agent.probe.telemetry import read_telemetry
 from agent.replicas import Replicas
@@ -349,7 +349,7 @@ def _mover_config(config: AgentConfig) -> MoverConfig:
     return MoverConfig(
         store_dir=str(config.store_path),
         instance=config.node,
-        disk_budget_bytes=config.disk_budget_bytes or 0,
+        disk_budget_bytes=disk_budget_bytes(config.store_path, config.disk_budget_bytes),
         reserve_bytes=config.disk_reserve_bytes,
         data_host=config.data.host,
         data_port=config.data.port,

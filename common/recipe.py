@@ -25,7 +25,6 @@ class Resources(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     """What one replica needs. Memory 0: estimated from the model's size."""
 
     gpus: int = 0
-    cpus: int = 0
     memory_bytes: int = 0
     gpu_memory_bytes: int = 0
 

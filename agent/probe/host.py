@@ -145,6 +145,12 @@ def disk_free_bytes(store: Path) -> int:
     return stats.f_bavail * stats.f_frsize
 
 
+def disk_budget_bytes(store: Path, given_bytes: int | None) -> int:
+    """What the store may use in all: the inventory says it, and the mover is held to it. Raises: OSError."""
+    stats = os.statvfs(_existing(store))
+    return _budget(given_bytes, stats.f_blocks * stats.f_frsize, DISK_SHARE)
+
+
 def _disk(name: str, path: Path, fs_type: str, device: str) -> Disk:
     stats = os.statvfs(path)
     return Disk(

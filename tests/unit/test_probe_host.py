@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from agent.config import AgentConfig
+from agent.daemon import _mover_config
 from agent.probe import host
 from agent.probe.nvml import GpuInventory, Nvml
 from agent.probe.telemetry import CpuMeter, read_telemetry
@@ -173,6 +175,14 @@ class TestInventory:
         huge = host.read_inventory(tmp_path, NoGpus(), dram_budget_bytes=10**18, disk_budget_bytes=10**18, root=root)
         assert huge.dram_budget_bytes == 64 * GIB
         assert huge.disk_budget_bytes == huge.disks[0].total_bytes
+
+    @pytest.mark.parametrize("given", [None, 5, 10**18])
+    def test_the_mover_has_the_budget_of_the_inventory(self, tmp_path: Path, given: int | None) -> None:
+        """What placement counts with is what the store refuses by, also with the default."""
+        store = tmp_path / "not" / "made" / "yet"
+        told = host.read_inventory(store, NoGpus(), disk_budget_bytes=given).disk_budget_bytes
+        config = AgentConfig(head_url="http://h:1", store_dir=str(store), disk_budget_bytes=given)
+        assert _mover_config(config).disk_budget_bytes == told > 0
 
     def test_empty_machine_does_not_raise(self, tmp_path: Path) -> None:
         """A machine without /proc, /sys and /etc still has an inventory."""
