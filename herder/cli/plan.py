@@ -83,10 +83,18 @@ def _command(endpoint: Endpoint) -> click.Command:
         endpoint.verb,
         params=parameters,
         callback=_callback(endpoint),
-        help=f"{endpoint.summary}.\n\n{(endpoint.question.__doc__ or '').strip()}",
+        help=_help(endpoint),
         short_help=endpoint.summary + ".",
         examples=[_example(endpoint)] if endpoint.example else (),
     )
+
+
+def _help(endpoint: Endpoint) -> str:
+    """The summary, and what the question itself says beyond it."""
+    from head.planner.endpoints.questions import Question
+
+    more = "" if endpoint.question is Question else (endpoint.question.__doc__ or "").strip()
+    return f"{endpoint.summary}.\n\n{more}".strip()
 
 
 def _callback(endpoint: Endpoint) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""docs/cli.md says what the commands say."""
+"""Pages that are made from the code say what it says."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_page_of_commands_is_current() -> None:
-    """scripts/gen-cli-docs would write what is there."""
+@pytest.mark.parametrize("script", ["gen-cli-docs", "gen-planner-docs"])
+def test_the_page_is_current(script: str) -> None:
+    """The script would write what is there."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "gen-cli-docs"), "--check"],
+        [sys.executable, str(ROOT / "scripts" / script), "--check"],
         cwd=ROOT,
         capture_output=True,
         text=True,
