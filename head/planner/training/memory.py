@@ -253,7 +253,8 @@ def _gathered(
     states: States,
 ) -> float:
     """Bytes of weights gathered for use and of gradients not yet reduced, when weights are sharded."""
-    if layout.sharding not in _SHARDED or layout.dp * layout.cp == 1:
+    is_cut = layout.sharding in _SHARDED and layout.dp * layout.cp > 1
+    if not is_cut and layout.offload != "optimizer_and_weights":
         return 0.0
     is_frozen = layout.tuning != "full"
     each = 2.0 if layout.precision not in ("fp32", "tf32") else 4.0
