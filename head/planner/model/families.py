@@ -210,6 +210,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "kimi_k2": _DEEPSEEK,
     "minimax_m2": Family(qk_norm="full", qk_norm_field="use_qk_norm", defaults={"head_dim": 128}),
+    "minimax_m3": Family(qk_norm="head", defaults={"head_dim": 128}),
     "mimo_v2_flash": Family(
         has_double_local_heads=True,
         defaults={"first_k_dense_replace": 1, "head_dim": 192, "v_head_dim": 128, "add_swa_attention_sink_bias": True},
@@ -402,6 +403,8 @@ SAME: dict[str, str] = {
     "minimax_text_01": "minimax",
     "minimax_m1": "minimax",
     "mimo_v2": "mimo_v2_flash",
+    "minimax_m3_vl": "minimax_m3",
+    "deepseek_ref": "deepseek_v4",
     "new": "gte",
     "kimi_k25": "deepseek_v3",
     "chatglm4": "chatglm",

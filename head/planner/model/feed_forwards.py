@@ -58,6 +58,8 @@ def feed_forward_of(fields: Fields, family: Family, hidden: int, layer: int, *, 
 def _dense_width(fields: Fields, family: Family, hidden: int, layer: int) -> int:
     if fields.has("intermediate_size_mlp") and fields.integer("num_experts", 0):
         return fields.integer("intermediate_size_mlp")  # Llama-4's dense layers
+    if fields.has("dense_intermediate_size"):
+        return fields.integer("dense_intermediate_size")
     model_type = fields.raw("model_type")
     if model_type == "granitemoehybrid" and not fields.integer("num_experts", 0):
         return fields.integer("shared_intermediate_size")
@@ -122,6 +124,6 @@ def _experts(fields: Fields, family: Family, hidden: int, layer: int) -> FeedFor
         shared_width=shared,
         has_shared_gate=family.has_shared_gate and shared > 0,
         has_router_bias=family.router_bias,
-        latent=fields.integer("moe_latent_size", 0),
+        latent=fields.integer("moe_latent_size", fields.integer("routed_expert_hidden_size", 0)),
         dense_width=dense_width,
     )

@@ -118,9 +118,9 @@ def _letters(pattern: str) -> list[str]:
 
 
 def _kind(word: Any, family: Family, name: str) -> str:
-    if not isinstance(word, str) or word not in _WORDS:
+    if not isinstance(word, str) or (word not in _WORDS and "attention" not in word[:100]):
         raise InvalidValue(f"{name} has a word that is not a layer kind", field=name, value=shown(word))
-    kind = _WORDS[word]
+    kind = _WORDS.get(word, "full")
     if family.is_compressed and kind in ("sliding", "full"):
         return "compressed:0"
     return "mamba" if kind == "linear" and family.mixer in ("mamba1", "mamba2") else kind

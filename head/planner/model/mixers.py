@@ -86,13 +86,15 @@ def latent_attention(fields: Fields, family: Family, hidden: int, layer: int) ->
     types = fields.sequence("indexer_types")
     if types is not None and layer < len(types) and types[layer] != "full":
         index_heads = 0  # takes the choice of the layer before
+    heads, value_dim = fields.integer("num_attention_heads", low=1), fields.integer("v_head_dim", low=1)
     is_sparse = bool(fields.integer("index_topk", 0))
     return Attention(
         kind="sparse_mla" if is_sparse else "mla",
-        heads=fields.integer("num_attention_heads", low=1),
+        heads=heads,
         kv_heads=1,
         head_dim=fields.integer("qk_nope_head_dim", low=1) + fields.integer("qk_rope_head_dim"),
-        value_dim=fields.integer("v_head_dim", low=1),
+        other_params=hidden * heads * value_dim if fields.flag("mla_use_output_gate") else 0,
+        value_dim=value_dim,
         has_bias=has_bias,
         has_output_bias=has_bias,
         q_rank=fields.integer("q_lora_rank", 0),
@@ -177,6 +179,8 @@ def kimi_delta(fields: Fields, hidden: int) -> Attention:
     width = heads * head_dim
     total = 4 * hidden * width + 3 * width * kernel + width + heads + 2 * (hidden * head_dim + head_dim * width)
     total += hidden * heads + head_dim
+    if own.flag("use_full_rank_gate"):
+        total += hidden * width - hidden * head_dim - head_dim * width
     return Attention(
         kind="linear",
         heads=heads,
