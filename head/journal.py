@@ -32,7 +32,16 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 
 from common import limits
-from common.errors import HerderError, Internal, StateCorrupt, StateReadOnly, StateTooNew, TooMany, Unavailable
+from common.errors import (
+    DiskFull,
+    HerderError,
+    Internal,
+    StateCorrupt,
+    StateReadOnly,
+    StateTooNew,
+    TooMany,
+    Unavailable,
+)
 from common.statedir import sync_folder
 from common.telemetry import fields
 from head.core.objects import KINDS, Job, Object
@@ -47,6 +56,7 @@ T = TypeVar("T")
 QUERY_ROWS = 10_000
 ASKING = 64  # questions that wait for the writer thread; more would make commits wait behind them
 PRUNE_ROWS = 1_000  # history is pruned in strokes of at least this many
+BACKUP_SPARE_BYTES = 64 << 20  # room that commits have while a backup is made
 BACKUP_STEP_PAGES = 256
 PROBLEM_HINT = "free space on the head's disk; it resumes by itself once its journal can be written"
 
@@ -213,7 +223,7 @@ class Journal:
     async def backup(self, target: Path) -> None:
         """Copies the journal to a new file while commits go on; the file appears whole, checked and durable.
 
-        Raises: StateReadOnly when it cannot be written.
+        Raises: DiskFull before anything is written, StateReadOnly when it cannot be.
         """
         part = target.with_name(f".{target.name}.part")
         try:
@@ -408,6 +418,7 @@ class Journal:
     def _backup(self, part: Path) -> None:
         """Copies page by page; commits that come meanwhile are made between steps and go into the copy too."""
         part.unlink(missing_ok=True)
+        self._check_room(part.parent)
         os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         target = sqlite3.connect(part, isolation_level=None)
         try:
@@ -415,6 +426,21 @@ class Journal:
             self._connection.backup(target, pages=BACKUP_STEP_PAGES, progress=self._between_steps, sleep=0)
         finally:
             target.close()
+
+    def _check_room(self, folder: Path) -> None:
+        """A copy that filled the disk would stop every change meanwhile. Raises: DiskFull, OSError."""
+        (pages,), (page_bytes,) = (
+            self._connection.execute(f"PRAGMA {n}").fetchone() for n in ("page_count", "page_size")
+        )
+        status = os.statvfs(folder)
+        needed, free = pages * page_bytes + BACKUP_SPARE_BYTES, status.f_bavail * status.f_frsize
+        if needed > free:
+            raise DiskFull(
+                f"a backup needs {needed} bytes beside the journal for a while, and {free} are free",
+                hint="make room on the head's disk",
+                needed_bytes=needed,
+                free_bytes=free,
+            )
 
     def _between_steps(self, status: int, remaining: int, total: int) -> None:
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -112,7 +113,8 @@ class AsyncClient:
     async def backup(self, path: str | os.PathLike[str], *, progress: Callable[[int], None] | None = None) -> int:
         """Writes a consistent backup of the head to a 0600 file; returns its bytes. Needs an admin's token.
 
-        The file appears under its name once it is whole and on the disk. progress: called with the bytes so far.
+        The file appears under its name once it is whole and on the disk; `disk_full` when it does not fit there.
+        progress: called with the bytes so far.
         """
         target = Path(path)
         partial = target.with_name(f".{target.name}.part")
@@ -120,7 +122,12 @@ class AsyncClient:
         try:
             file = await asyncio.to_thread(_open_private, partial)
             try:
-                async with self._http.stream("GET", f"{PREFIX}/backup", idle_timeout_s=BACKUP_IDLE_S) as pieces:
+                async with self._http.stream(
+                    "GET",
+                    f"{PREFIX}/backup",
+                    idle_timeout_s=BACKUP_IDLE_S,
+                    expect=lambda size: _check_room(target, size),
+                ) as pieces:
                     async for piece in pieces:
                         done += await asyncio.to_thread(file.write, piece)
                         if progress:
@@ -560,6 +567,16 @@ def succeeded(job: types.JobView) -> types.JobView:
 
 def _open_private(path: Path) -> BinaryIO:
     return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
+
+
+def _check_room(target: Path, size: int) -> None:
+    free = shutil.disk_usage(target.absolute().parent).free
+    if size > free:
+        raise HerderError(
+            "disk_full",
+            f"the backup has {size} bytes and {target.absolute().parent} has {free} free",
+            hint="choose another place, or make room",
+        )
 
 
 def _sync(file: BinaryIO) -> None:

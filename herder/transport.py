@@ -12,7 +12,7 @@ import asyncio
 import random
 import ssl
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -124,10 +124,12 @@ class Transport:
         body: Any = None,
         headers: Mapping[str, str] | None = None,
         idle_timeout_s: float | None = STREAM_IDLE_TIMEOUT_S,
+        expect: Callable[[int], None] | None = None,
     ) -> AsyncIterator[AsyncIterator[bytes]]:
         """Opens a stream at an absolute path and gives its pieces as they come. Not repeated.
 
-        idle_timeout_s: the longest silence; None: for ever. Raises: as `request`, also between pieces.
+        idle_timeout_s: the longest silence; None: for ever. expect: told the bytes that will come, where the head
+        says so, and may refuse them. Raises: as `request`, also between pieces.
         """
         given = dict(headers or {})
         data = msgspec.json.encode(body) if body is not None else None
@@ -135,6 +137,8 @@ class Transport:
             given["Content-Type"] = "application/json"
         timeout = aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT_S, sock_read=idle_timeout_s)
         async with self._send(method, self.url(path, query), data, given, timeout) as response:
+            if expect is not None and response.content_length is not None:
+                expect(response.content_length)
             yield self._pieces(response)
 
     def url(self, path: str, query: Query | None = None) -> URL:

@@ -67,7 +67,7 @@ ROUTES = (
         TAG,
         "Download a backup",
         Media("application/vnd.sqlite3", "A SQLite file that `herder-head --restore` takes.", is_binary=True),
-        codes=("too_many", "state_read_only"),
+        codes=("too_many", "disk_full", "state_read_only"),
         description="A consistent copy of everything the head knows, made while it goes on working. "
         "It holds key hashes and engine keys: keep it as you keep tokens.",
     ),

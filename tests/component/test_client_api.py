@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +24,7 @@ from herder import (
     HerderTimeoutError,
     types,
 )
+from herder.errors import HerderError
 from herder.settings import Settings
 from tests.doubles.api_double import JOB, NOW_MS, TOKEN, ApiDouble, job, model, step
 
@@ -313,6 +316,15 @@ class TestStreams:
         assert count == (tmp_path / "b.sqlite").stat().st_size == 100_016
         assert (tmp_path / "b.sqlite").stat().st_mode & 0o777 == 0o600
         assert os.listdir(tmp_path) == ["b.sqlite"]
+
+    async def test_a_backup_that_does_not_fit_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Before its first byte is written, with both numbers; nothing is left behind."""
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3))
+        async with connected() as (_, client):
+            with pytest.raises(HerderError, match="3 free") as caught:
+                await client.backup(tmp_path / "b.sqlite")
+        assert caught.value.code == "disk_full"
+        assert os.listdir(tmp_path) == []
 
     async def test_a_failed_backup_leaves_the_old_one(self, tmp_path: Path) -> None:
         """A backup that fails leaves what was there, and no part."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from common import limits
 from common.errors import (
     Conflict,
+    DiskFull,
     HerderError,
     InvalidConfig,
     StateCorrupt,
@@ -27,7 +30,7 @@ from head import journal as journal_module
 from head.core.objects import Copy, Job, Meta, Step, copy_key
 from head.core.records import Record
 from head.core.state import State, apply
-from head.journal import Journal, encode
+from head.journal import BACKUP_SPARE_BYTES, Journal, encode
 from head.journal_schema import FILE_NAME, MIGRATIONS
 from head.restore import EPOCH_JUMP, REVISION_JUMP, restore
 from tests.doubles.head_shell import NOW_MS, record, removal
@@ -366,6 +369,20 @@ class TestBackup:
         assert len(loaded.models) >= 3_000
         assert loaded.revision == copy.revision == len(loaded.models)
         copy.close()
+
+    def test_a_backup_that_would_fill_the_disk_is_refused(
+        self, journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is not begun where it would leave no room for commits, and says how much is missing."""
+        real = os.statvfs(tmp_path)
+        write(journal, record(1, "a"))
+        short = SimpleNamespace(f_bavail=BACKUP_SPARE_BYTES // real.f_frsize, f_frsize=real.f_frsize)
+        monkeypatch.setattr(os, "statvfs", lambda path: short)
+        with pytest.raises(DiskFull) as caught:
+            asyncio.run(journal.backup(tmp_path / "b.sqlite"))
+        assert caught.value.details["needed_bytes"] > caught.value.details["free_bytes"]
+        assert not list(tmp_path.glob("*b.sqlite*"))
+        write(journal, record(2, "b"))
 
     def test_no_half_backup_appears(self, journal: Journal, tmp_path: Path) -> None:
         """A place that cannot be written gives an error and no file."""
