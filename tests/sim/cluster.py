@@ -224,7 +224,7 @@ class Cluster:
             node.disconnect()
         if node.is_up and world.chance(faults.agent_crash_per_s):
             node.crash()
-            world.after(rng.randint(100, 30_000), "agent", lambda: self._start_node(node))
+            world.after(rng.randint(100, faults.agent_away_ms), "agent", lambda: self._start_node(node))
         if world.chance(faults.reboot_per_s):
             node.reboot()
             world.after(rng.randint(5000, 60_000), "agent", lambda: self._start_node(node))
@@ -239,6 +239,8 @@ class Cluster:
                 node.engines.end(engine, 139)
             elif world.chance(faults.engine_hang_per_s):
                 engine.is_hung = True
+        if node.is_up and world.chance(faults.leaving_per_s):
+            node.leave(rng.randint(1_000, 40_000))
 
     def _start_node(self, node: SimNode) -> None:
         if not node.is_up:
@@ -246,6 +248,8 @@ class Cluster:
 
     # what must hold at every moment
     def _look(self) -> None:
+        for node in (*self.nodes.values(), *self.strangers):
+            node.engines.watch_leases()
         if self.world.now_ms - self._doubted_ms >= EXCUSED_MS:
             sound = {name: node for name, node in self.nodes.items() if not self._is_excused(name)}
             wrong = [fact for node in sound.values() for fact in node.machine.complaints()]

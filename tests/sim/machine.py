@@ -52,6 +52,7 @@ class EngineProcess:
     ignores_term: bool = False
     leak_ms: int = 0  # how long something of it stays after its end
     leaks_until_ms: int = 0  # set when it has ended
+    lease_until_ms: int = 0  # as its shim knew it at the start, in world time
 
     @property
     def gpus(self) -> tuple[str, ...]:

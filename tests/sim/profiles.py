@@ -9,6 +9,7 @@ room        disks and RAM tiers that hold two or three models, and peers that ca
 engines     engines that hang, die, never get ready, and leave processes and GPU memory behind
 heads       heads that crash, are restored from a backup, run on as old processes, find another wall clock; strangers
 silence     long partitions, lost results, ledgers that cannot be written for long, a node that never returns
+leaving     machines whose time ends and who say so; agents that are away for long, so that shims end engines
 wild        all of it on small machines
 """
 
@@ -108,6 +109,17 @@ WILD = replace(
     disk_gib=24,
     dram_gib=10,
 )
+LEAVING = Faults(
+    loss=0.01,
+    leaving_per_s=0.004,
+    partition_per_s=0.004,
+    agent_crash_per_s=0.004,
+    agent_away_ms=200_000,
+    agent_disk_full_per_s=0.003,
+    agent_disk_full_ms=60_000,
+    head_crash_per_s=0.004,
+    until_ms=400_000,
+)
 PROFILES = {
     "calm": CALM,
     "network": NETWORK,
@@ -119,4 +131,5 @@ PROFILES = {
     "heads": HEADS,
     "silence": SILENCE,
     "wild": WILD,
+    "leaving": LEAVING,
 }

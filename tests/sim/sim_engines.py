@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from agent.core import effects as ef
 from agent.core import events as ev
-from common import errors
+from common import errors, limits
 from common.errors import ErrorInfo
 from tests.sim.machine import EngineProcess
 from tests.sim.sim_store import Owner
@@ -39,6 +39,7 @@ class EngineModel:
             ignores_term=rng.random() < 0.2,
             leak_ms=rng.randint(1000, 15_000) if self._world.chance(faults.engine_leaks) else 0,
         )
+        engine.lease_until_ms = machine.lease_until_ms or self._world.now_ms
         is_broken = order.model in self._world.broken_models
         if is_broken and self._world.broken_models[order.model] == "never ready":
             engine.ready_ms = 1 << 62
@@ -91,6 +92,17 @@ class EngineModel:
             return
         del machine.engines[name]
         self.owner.take(ev.ReplicaExited(name, engine.run, exit_code, ("last words",)))
+
+    def watch_leases(self) -> None:
+        """What each shim does, with or without an agent: it ends an engine that the head may have given up."""
+        machine, now_ms = self.owner.machine, self._world.now_ms
+        for engine in list(machine.engines.values()):
+            stop_after_ms = engine.order.stop_after_ms
+            until_ms = max(engine.lease_until_ms, machine.lease_until_ms)
+            is_over = stop_after_ms and now_ms >= until_ms + stop_after_ms + limits.SHIM_STOP_SLACK_MS
+            if is_over and not engine.leaks_until_ms:
+                self._world.note(f"{self.owner.name} shim of {engine.order.replica} ends it: no lease")
+                self.end(engine, -9)
 
     def probe(self, effect: ef.ProbeReplica) -> None:
         """The engine is asked whether it is well."""

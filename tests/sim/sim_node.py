@@ -121,6 +121,18 @@ class SimNode:
         self.machine.engines = {}
         self.machine.lease_until_ms = 0
 
+    def leave(self, deadline_ms: int) -> None:
+        """The machine's time ends: the agent says so, and at the deadline the machine goes; later it is back."""
+        self.world.note(f"{self.name} leaves in {deadline_ms} ms")
+        self._send(wire.Leaving("the allocation ends", deadline_ms))
+
+        def over() -> None:
+            if not self.is_gone:
+                self.reboot()
+                self.world.after(self.world.rng.randint(5_000, 60_000), self.name, self._start_again)
+
+        self.world.after(deadline_ms, "time is over", over)
+
     def power_off(self) -> None:
         """The machine is gone for good."""
         self.reboot()
@@ -333,6 +345,9 @@ class SimNode:
                 sent_ms = self._leases.pop(message.seq, None)
                 self.interval_ms = message.interval_ms
                 if sent_ms is not None:
+                    if self.world.now_ms < self.ledger_full_until_ms and self.machine.lease_until_ms:
+                        # as the daemon does: a stuck ledger must not let the shims believe that the head is gone
+                        self.machine.lease_until_ms = sent_ms + message.lease_ms - self.clock_base_ms
                     self.take(ev.LeaseAcked(sent_ms, message.lease_ms, message.wants_report))
             case wire.Command():
                 self._commanded(message)

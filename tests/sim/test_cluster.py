@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -131,3 +132,52 @@ def test_reboot_is_known_at_once() -> None:
     cluster.world.after(100_000, "reboot", reboot)
     cluster.run()
     assert node.machine.boot == 2
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_machines_that_leave_and_agents_that_stay_away(seed: int) -> None:
+    """Nodes say that their time ends and are gone at it; shims end engines whose agent is away for too long."""
+    cluster = run(seed, "leaving")
+    whats = {row.what for row in cluster.head.journal.history}
+    assert "node_leaving" in whats
+    assert "node_left" in whats or "node_unreachable" in whats
+    assert not any(node.leaving_ms for node in cluster.head.state.nodes.values()), "who is back does not leave any more"
+
+
+def test_shims_end_what_the_head_may_have_given_up() -> None:
+    """With the agents away and their nodes silent for minutes no engine of a replaceable service is left running."""
+    ended = 0
+    for seed in range(1, 13):
+        cluster = Cluster(seed, nodes=5, models=6, faults=PROFILES["leaving"], requests=60)
+        lines: list[str] = []
+        note = cluster.world.note
+
+        def noted(text: str, lines: list[str] = lines, note: Callable[[str], None] = note) -> None:
+            lines.append(text)
+            note(text)
+
+        cluster.world.note = noted  # type: ignore[method-assign]
+        cluster.run()
+        ended += sum("shim of" in line for line in lines)
+    assert ended > 0
+
+
+def test_an_agent_that_stops_while_its_ledger_is_full_loses_nothing() -> None:
+    """What it had decided and not written is decided again by the next process, on the ledger as it was."""
+    cluster = Cluster(6, nodes=3, models=3, faults=Faults(until_ms=200_000), requests=40)
+    node = cluster.nodes["n1"]
+    stuck: list[int] = []
+
+    def fill() -> None:
+        node.ledger_full_until_ms = cluster.world.now_ms + 60_000
+
+    def stop() -> None:
+        stuck.append(len(node._pending))
+        node.crash()
+
+    for at_ms in (20_000, 100_000):
+        cluster.world.after(at_ms, "full", fill)
+        cluster.world.after(at_ms + 20_000, "stop", stop)
+        cluster.world.after(at_ms + 25_000, "start", node.start)
+    cluster.run()
+    assert any(stuck), "the run must stop it with work that is not written"

@@ -49,6 +49,8 @@ class Faults:
     head_restored: float = 0.0  # per run: a backup is restored while agents run
     clock_jump_ms: int = 0  # at each head start the wall clock is off by up to so much, either way
     agent_disk_full_ms: int = 10_000  # at most so long
+    agent_away_ms: int = 30_000  # at most so long after a crash
+    leaving_per_s: float = 0.0  # per node: its time ends, it says so, the machine goes and comes back
     disk_gib: int = 100  # per node
     dram_gib: int = 40
     until_ms: int = 0
