@@ -58,6 +58,7 @@ IDEMPOTENCY_KEY_CHARS = 128
 YAML_BYTES = 524_288  # job files; PyYAML needs about 10 s of a thread for 1 MB
 YAML_NODES = 100_000  # after aliases are expanded, which is what a bomb multiplies
 BODY_READ_S = 30.0  # a whole control-plane body
+HEADER_READ_S = 20.0  # for a connection's first request line and headers, and for a TLS handshake (setting)
 KEEP_ALIVE_IDLE_S = (
     75.0  # for the next request on a connection (setting of the head); longer than usual proxies keep one
 )

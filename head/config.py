@@ -52,7 +52,7 @@ class DoorConfig(Group, frozen=True):
 
     connections_max: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0  # 0: two thirds of the descriptors
     connections_per_address_max: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0  # 0: half of connections_max
-    header_timeout_s: Seconds = 20.0  # for the first request's line and headers, and for a TLS handshake
+    header_timeout_s: Seconds = limits.HEADER_READ_S  # for the first request's line and headers, and for a TLS handshake
     keep_alive_s: Seconds = limits.KEEP_ALIVE_IDLE_S  # for the next request on a connection
 
 

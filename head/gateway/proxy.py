@@ -11,6 +11,7 @@ reaches an engine, and an engine's own key never reaches a client.
 from __future__ import annotations
 
 import asyncio
+import select
 from collections import deque
 from typing import NamedTuple
 
@@ -164,7 +165,8 @@ class Exchange:
 
     def check(self, now: float) -> None:
         """Looks at deadlines, and at a client that left while nothing was sent to it."""
-        if self._request.transport is None:
+        transport = self._request.transport
+        if transport is None or (getattr(self._protocol, "_buffer_paused", False) and has_hung_up(transport)):
             self.on_client_gone()
         elif self.has_heard:
             self.has_heard = False
@@ -419,6 +421,19 @@ class Proxy:
         for exchange in tuple(self._active):
             exchange.check(now)
         self._timer = loop.call_later(self._sweep_s, self._sweep) if self._active else None
+
+
+def has_hung_up(transport: asyncio.BaseTransport) -> bool:
+    """Whether the other side has ended a connection that is not read at present.
+
+    aiohttp reads no further when a client has sent many requests at once, and would not see that it left.
+    """
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.fileno() < 0:
+        return True
+    poll = select.poll()
+    poll.register(sock.fileno(), select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def request_head(request: web.Request, route: Route, length: int, request_id: str) -> bytes:

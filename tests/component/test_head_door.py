@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import subprocess
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -12,7 +14,7 @@ from aiohttp.http_exceptions import BadHttpMessage
 
 from common.errors import HerderError, InvalidConfig, PortTaken
 from head import door
-from head.config import HeadConfig
+from head.config import DoorConfig, HeadConfig, TlsConfig
 from head.door import Door
 from tests.doubles.head_shell import until
 
@@ -50,6 +52,66 @@ async def test_silent_connections_are_closed() -> None:
     for _, out in connections:
         out.close()
         await out.wait_closed()
+    await door.close()
+
+
+async def test_one_connection_too_many_is_told_so() -> None:
+    """It is answered at once, whatever it says, and costs nothing; when another ends there is room again."""
+    app = web.Application()
+    app[RELEASE] = asyncio.Event()
+    app[RELEASE].set()
+    app.router.add_get("/", answer)
+    door = Door(HeadConfig(port=0, door=DoorConfig(connections_max=2)), app)
+    await door.open()
+    port = int(door.url.rpartition(":")[2])
+    inside = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+    await until(lambda: door.crowd.count == 2)
+    for _ in range(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        told = await reader.read()
+        assert told.startswith(b"HTTP/1.1 429 ")
+        assert b"\r\nRetry-After: " in told
+        assert b'"code":"too_many"' in told
+        writer.close()
+        await writer.wait_closed()
+    server = door._runner.server
+    assert server is not None
+    assert (door.crowd.count, len(server.connections), door.crowd.refused["total"]) == (2, 2, 20)
+    inside[0][1].close()
+    await until(lambda: door.crowd.count == 1)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    assert (await reader.read()).endswith(b"served")
+    for _, out in (inside[1], (reader, writer)):
+        out.close()
+    await door.close()
+    await until(lambda: door.crowd.count == 0)
+
+
+@pytest.fixture
+def server_tls(tmp_path: Path) -> TlsConfig:
+    """A certificate of its own making."""
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=localhost", "-days", "1", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    key.chmod(0o600)
+    return TlsConfig(str(certificate), str(key))
+
+
+@pytest.mark.parametrize("half", [b"", b"\x16\x03\x01"])
+async def test_a_tls_handshake_does_not_take_for_ever(server_tls: TlsConfig, half: bytes) -> None:
+    """Whoever connects to a TLS door and does not shake hands is shown out."""
+    door = Door(HeadConfig(port=0, tls=server_tls, door=DoorConfig(header_timeout_s=0.3)), web.Application())
+    await door.open()
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(door.url.rpartition(":")[2]))
+    writer.write(half)
+    try:
+        async with asyncio.timeout(10):
+            assert await reader.read() == b""
+    except ConnectionError:
+        pass  # reset
+    writer.transport.abort()
     await door.close()
 
 
