@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 NOISE_SD = 0.06  # repeated measurements differ by a few percent
 SIGMA = 0.12  # of the physics' residuals; beyond ROBUST they count linearly
 ROBUST = 0.25
-GROUP_SD = {"format": 0.3, "generation": 0.15}
+GROUP_SD = {"format": 0.3, "generation": 0.15, "mode": 0.5}
 OFFLINE_LIMIT = 2048.0  # sequences of one attention group that offline tables run at most (the tool's default)
 
 
@@ -85,7 +86,7 @@ def prepare(row: ServingRow) -> Prepared:
     )
     offered = row.sequences or OFFLINE_LIMIT * row.layout.dp
     sequences = min(offered, limit) if limit > 1.0 else offered
-    load = step.Load(sequences=sequences, prompt=row.isl, output=row.osl, has_prefill=row.mode != "disagg")
+    load = step.Load(sequences=sequences, prompt=row.isl, output=row.osl, has_prefill=not row.mode.startswith("disagg"))
     values = step.element_values(arch, row.layout, precision, device, load)
     alone = step.Load(sequences=1, prompt=row.isl, output=1, has_decode=False)
     prefill = row.prefill_layout or row.layout
@@ -109,7 +110,7 @@ def prepare(row: ServingRow) -> Prepared:
         prompt_values=prompt_values,
         sequences=sequences,
         offered=offered,
-        groups=float(prefill.dp),
+        groups=float(prefill.dp * prefill.pp),
         floor_s=step.floor_s(values),
     )
 
@@ -124,7 +125,7 @@ class Fitted(msgspec.Struct):
 
 def base_tpot(multipliers: step.Multipliers, p: Prepared) -> float:
     """The physics' seconds for each token of a sequence."""
-    own = step.factors_of(multipliers, p.block.format, p.block.generation)
+    own = step.factors_of(multipliers, p.block.format, p.block.generation, p.row.mode)
     return max(sum(step.combine(p.values, own).values()), p.floor_s)
 
 
@@ -136,7 +137,7 @@ def base_ttft(multipliers: step.Multipliers, ttft: dict[str, tuple[float, ...]],
 
 
 def _ttft_parts(multipliers: step.Multipliers, p: Prepared) -> tuple[float, ...]:
-    own = step.factors_of(multipliers, p.block.format, p.block.generation)
+    own = step.factors_of(multipliers, p.block.format, p.block.generation, p.row.mode)
     parts = step.combine(p.values, own)
     prompt_s = sum(step.combine(p.prompt_values, own).values())
     decode_s = sum(value for name, value in parts.items() if not step.is_prefill(name))
@@ -144,15 +145,15 @@ def _ttft_parts(multipliers: step.Multipliers, p: Prepared) -> tuple[float, ...]
         prompt_s=prompt_s,
         decode_s=decode_s,
         output=p.row.osl,
-        sequences=p.row.prompts if p.row.mode == "disagg" else p.sequences,
+        sequences=p.row.prompts if p.row.mode.startswith("disagg") else p.sequences,
         prompt=p.row.isl,
         groups=p.groups,
-        offered=p.row.prompts if p.row.mode == "disagg" else p.offered,
+        offered=p.row.prompts if p.row.mode.startswith("disagg") else p.offered,
     )
 
 
 def fit_multipliers(rows: Sequence[Prepared]) -> step.Multipliers:
-    """Maximum a posteriori of the multipliers over aggregated rows; models count by the root of their rows.
+    """Maximum a posteriori of the multipliers over aggregated and offline rows; models count by the root of their rows.
 
     Gauss-Newton with a pseudo-Huber loss on log TPOT. The gradient of a sum's logarithm with regard to an element's
     log multiplier is that element's share of the sum.
@@ -163,14 +164,17 @@ def fit_multipliers(rows: Sequence[Prepared]) -> step.Multipliers:
     y = np.log([p.row.tpot_s for p in rows])
     formats = sorted({p.block.format for p in rows})
     generations = sorted({p.block.generation for p in rows})
+    modes = sorted({p.row.mode for p in rows} - {"agg"}) or ["offline"]
     which = [np.array([formats.index(p.block.format) for p in rows])]
     which.append(np.array([generations.index(p.block.generation) for p in rows]))
+    which.append(np.array([modes.index(p.row.mode) if p.row.mode in modes else len(modes) for p in rows]))
     masks = [np.array([n in step.BY_FORMAT for n in step.NAMES])]
     masks.append(np.array([n in step.BY_GENERATION for n in step.NAMES]))
+    masks.append(np.ones(len(step.NAMES), dtype=bool))
     weights = _model_weights(rows)
     count = len(step.NAMES)
-    sizes = [len(formats), len(generations)]
-    offsets = [count, count * (1 + sizes[0])]
+    sizes = [len(formats), len(generations), len(modes)]
+    offsets = [count, count * (1 + sizes[0]), count * (1 + sizes[0] + sizes[1])]
     total = count * (1 + sum(sizes))
     sds = np.array([item[2] for item in step.ELEMENTS])
     spread = [sds]
@@ -183,7 +187,8 @@ def fit_multipliers(rows: Sequence[Prepared]) -> step.Multipliers:
     def logs(values: Array) -> Array:
         found: Array = start + values[:count] + np.zeros((len(rows), 1))
         for offset, size, group in zip(offsets, sizes, which, strict=True):
-            found = found + values[offset : offset + size * count].reshape(size, count)[group]
+            own = np.vstack([values[offset : offset + size * count].reshape(size, count), np.zeros(count)])
+            found = found + own[group]
         return found
 
     def objective(values: Array) -> tuple[float, Array, Array, Array]:
@@ -226,6 +231,7 @@ def fit_multipliers(rows: Sequence[Prepared]) -> step.Multipliers:
         common=_rounded(start + theta[:count]),
         formats=tuple((name, block(offsets[0], i)) for i, name in enumerate(formats)),
         generations=tuple((name, block(offsets[1], i)) for i, name in enumerate(generations)),
+        modes=tuple((name, block(offsets[2], i)) for i, name in enumerate(modes)),
     )
 
 
@@ -236,11 +242,9 @@ def _rounded(values: Any) -> tuple[float, ...]:
 def _model_weights(rows: Sequence[Prepared]) -> Array:
     import numpy as np
 
-    counts: dict[tuple[float, ...], int] = {}
-    for p in rows:
-        counts[p.block.dimensions] = counts.get(p.block.dimensions, 0) + 1
+    counts = Counter((p.block.dimensions, p.row.mode) for p in rows)
     mean = len(rows) / len(counts)
-    return np.array([math.sqrt(mean / counts[p.block.dimensions]) for p in rows])
+    return np.array([math.sqrt(mean / counts[(p.block.dimensions, p.row.mode)]) for p in rows])
 
 
 def _sums(x: Array, logs: Array) -> tuple[Array, Array]:
@@ -297,8 +301,8 @@ def fit_ttft(rows: Sequence[Prepared], multipliers: step.Multipliers) -> dict[st
     return found
 
 
-def kernel(rows: Sequence[Prepared], others: Sequence[Prepared]) -> Array:
-    """The residual process's covariance of two sets of rows."""
+def kernel(rows: Sequence[Prepared], others: Sequence[Prepared]) -> tuple[Array, Array]:
+    """The residual process's covariance of two sets of rows, and the part of it that is of the neighbourhood."""
     import numpy as np
 
     def indexed(items: Sequence[Prepared]) -> tuple[list[near.Block], Any, Array]:
@@ -317,8 +321,8 @@ def kernel(rows: Sequence[Prepared], others: Sequence[Prepared]) -> Array:
     away = np.abs(one[:, None, 0] - other[None, :, 0]) / near.SEQUENCES_LENGTH
     for axis in (1, 2):
         away += np.abs(one[:, None, axis] - other[None, :, axis]) / near.LENGTHS_LENGTH
-    found: Array = stack[i][:, j] + local[i][:, j] * np.exp(-away)
-    return found
+    near_part: Array = local[i][:, j] * np.exp(-away)
+    return stack[i][:, j] + near_part, near_part
 
 
 def unique(rows: Sequence[Prepared]) -> list[Prepared]:
@@ -344,7 +348,7 @@ def fit(rows: Sequence[Prepared]) -> Fitted:
     from scipy.linalg import cho_factor, cho_solve
 
     rows = unique(rows)
-    multipliers = fit_multipliers([p for p in rows if p.row.mode == "agg"])
+    multipliers = fit_multipliers([p for p in rows if p.row.mode in ("agg", "offline")])
     ttft = fit_ttft(rows, multipliers)
     bases = np.array([base_tpot(multipliers, p) for p in rows])
     firsts = np.array([base_ttft(multipliers, ttft, p) if p.row.ttft_s > 0 else 0.0 for p in rows])
@@ -352,7 +356,7 @@ def fit(rows: Sequence[Prepared]) -> Fitted:
     is_timed = np.array([p.row.ttft_s > 0 for p in rows])
     late = np.zeros(len(rows))
     late[is_timed] = np.log([p.row.ttft_s for p in rows if p.row.ttft_s > 0]) - np.log(firsts[is_timed])
-    covariance = kernel(rows, rows)
+    covariance, _ = kernel(rows, rows)
 
     def solved(values: Array, noise: Array) -> Array:
         weights: Array = np.asarray(cho_solve(cho_factor(covariance + np.diag(noise)), values))
@@ -404,11 +408,10 @@ def predict(fitted: Fitted, trained: Sequence[Prepared], tested: Sequence[Prepar
     import numpy as np
 
     trained = unique(trained)
-    covariance = kernel(tested, trained)
+    covariance, neighbours = kernel(tested, trained)
     tpot = np.clip(covariance @ np.array([point.tpot_weight for _, point in fitted.points]), -0.7, 0.7)
     ttft = np.clip(covariance @ np.array([point.ttft_weight for _, point in fitted.points]), -1.2, 1.2)
-    whole = near.STACK_SD**2 + near.LOCAL_SD**2
-    nearest = covariance.max(1) / whole
+    nearest = neighbours.max(1) / near.LOCAL_SD**2
     found = []
     for index, p in enumerate(tested):
         base = base_tpot(fitted.multipliers, p)

@@ -35,6 +35,9 @@ OTHER_VERSION = 0.6
 OTHER_MODE = 0.3
 OTHER_DEVICE = 0.7
 OTHER_GENERATION = 0.3
+# Variance that all points of a mode share: whole tables were taken in their own way, and disaggregated rows of unknown
+# numbers of workers are read as one worker.
+MODE_SD = {"offline": 0.15, "disagg": 0.15, "disagg?": 0.5}
 LEAST = 0.01  # kernels below this share of the largest are left out
 
 
@@ -107,10 +110,11 @@ def degrees_of(layout: ServingLayout) -> tuple[float, ...]:
 
 def outer(one: Block, other: Block) -> tuple[float, float]:
     """The kernel's parts that do not depend on the load: of the stack, and of the configuration."""
+    common = MODE_SD.get(one.mode, 0.0) ** 2 if one.mode == other.mode else 0.0
     distance = sum(abs(a - b) for a, b in zip(one.dimensions, other.dimensions, strict=True))
     shared = math.exp(-distance / DIMENSIONS_LENGTH)
     if shared < 1e-4:
-        return 0.0, 0.0
+        return common, 0.0
     if one.backend != other.backend:
         shared *= OTHER_BACKEND
     if one.device != other.device:
@@ -123,7 +127,7 @@ def outer(one: Block, other: Block) -> tuple[float, float]:
     if one.version != other.version:
         local *= OTHER_VERSION
     apart = sum(abs(a - b) for a, b in zip(one.degrees, other.degrees, strict=True))
-    return STACK_SD**2 * shared, LOCAL_SD**2 * local * math.exp(-apart / DEGREES_LENGTH)
+    return common + STACK_SD**2 * shared, LOCAL_SD**2 * local * math.exp(-apart / DEGREES_LENGTH)
 
 
 def inner(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:

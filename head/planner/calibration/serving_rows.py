@@ -28,7 +28,7 @@ class ServingRow(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     model: str
     system: str
-    mode: str
+    mode: str  # "disagg?": numbers of workers not known
     backend: str
     version: str
     weights: str
@@ -106,7 +106,7 @@ def question_of(row: Mapping[str, Any]) -> ServingRow:
         source=source.split(";")[0],
         model=str(c["model_path"]),
         system=str(c["system"]),
-        mode="disagg" if is_disagg else "agg",
+        mode=("disagg" if c.get("decode_num_workers") else "disagg?") if is_disagg else "agg",
         backend=str(c["backend"]),
         version=str(c.get("backend_version") or ""),
         weights=weights_of(c),

@@ -93,6 +93,7 @@ class Multipliers(msgspec.Struct, frozen=True, kw_only=True):
     common: tuple[float, ...]
     formats: tuple[tuple[str, tuple[float, ...]], ...] = ()
     generations: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    modes: tuple[tuple[str, tuple[float, ...]], ...] = ()  # offline: nothing waits for a client
 
 
 class Constants(msgspec.Struct, frozen=True, kw_only=True):
@@ -157,7 +158,8 @@ def element_values(
             float(layout.pp),
             w.sequences * load.query_tokens,
         )
-    prompts = load.sequences / load.output * gain if load.has_prefill else 0.0  # for each step
+    # For each step. The stages of a pipeline prefill different prompts at once.
+    prompts = load.sequences / load.output * gain / layout.pp if load.has_prefill else 0.0
     values = (*decode, *_prefill_values(arch, layout, precision, device, load, prompt, prompts))
     return values if gain == 1.0 else tuple(value / gain for value in values)
 
@@ -206,13 +208,15 @@ def _prefill_values(
 
 
 @lru_cache(maxsize=256)
-def factors_of(multipliers: Multipliers, format_name: str, generation: str) -> tuple[float, ...]:
+def factors_of(multipliers: Multipliers, format_name: str, generation: str, mode: str = "agg") -> tuple[float, ...]:
     """The multiplier of every element for a number format on a generation of GPUs."""
     own = dict(multipliers.formats).get(format_name)
     era = dict(multipliers.generations).get(generation)
+    way = dict(multipliers.modes).get(mode)
     found = []
     for index, (_, _, _, is_roofline) in enumerate(ELEMENTS):
         total = multipliers.common[index] + (own[index] if own else 0.0) + (era[index] if era else 0.0)
+        total += way[index] if way else 0.0
         found.append(1.0 + math.exp(total) if is_roofline else math.exp(total))
     return tuple(found)
 
