@@ -104,16 +104,22 @@ def _matrix(rows: Sequence[Sequence[Any]]) -> list[str]:
 
 
 def _rows(rows: Sequence[Mapping[str, Any]], options: Globals, width: int, depth: int) -> list[str]:
-    """A list of objects: as a table where the objects are flat, else one after the other."""
-    flat = [_flat(row) for row in rows]
+    """A list of objects: as a table where the objects are flat, else one after the other.
+
+    What is too long for a cell stands below its row.
+    """
+    flat = [_flat(row) for row in rows[:ROWS]]
     names = list(dict.fromkeys(name for row in flat for name in row))
+    is_deep = any(not _is_plain(cell) for row in flat for cell in row.values())
+    wordy = [name for name in names if any(_is_long(row.get(name)) for row in flat)]
+    pad = "  " * depth
     lines: list[str] = []
-    if any(_is_long(cell) for row in flat for cell in row.values()) or not names or len(rows) == 1:
+    if is_deep or len(rows) == 1 or len(wordy) == len(names):
         for number, row in enumerate(rows[:ROWS], 1):
             lines += [*([""] if number > 1 else []), *_section(row, options, width, depth)]
     else:
-        names = names[:COLUMNS]
-        cells = [[_text(row.get(name, ""), name, is_brief=True) for name in names] for row in flat[:ROWS]]
+        names = [name for name in names if name not in wordy][:COLUMNS]
+        cells = [[_text(row.get(name, ""), name, is_brief=True) for name in names] for row in flat]
         columns = [
             Column(
                 _title(name).upper(),
@@ -123,10 +129,14 @@ def _rows(rows: Sequence[Mapping[str, Any]], options: Globals, width: int, depth
             )
             for position, name in enumerate(names)
         ]
-        table = output.render_table(options, columns, cells, width=max(40, width - 2 * depth))
-        lines += ["  " * depth + line for line in table.split("\n")]
+        table = output.render_table(options, columns, cells, width=max(40, width - 2 * depth)).split("\n")
+        lines.append(pad + table[0])
+        for row, line in zip(flat, table[1:], strict=True):
+            lines.append(pad + line)
+            for name in wordy:
+                lines += _wrapped(f"{pad}    ", _text(row.get(name, "")), width) if row.get(name) else []
     if len(rows) > ROWS:
-        lines.append("  " * depth + f"... {len(rows) - ROWS} more; -o json shows all")
+        lines.append(f"{pad}... {len(rows) - ROWS} more; -o json shows all")
     return lines
 
 
@@ -164,7 +174,9 @@ def _is_long(cell: Any) -> bool:
 
 
 def _title(name: str) -> str:
-    return clean(name.replace("_", " "))
+    """A field's name as words; names of variables and files stay as they are."""
+    is_name = "." in name or name != name.lower()
+    return clean(name if is_name else name.replace("_", " "))
 
 
 def _wrapped(lead: str, text: str, width: int) -> list[str]:

@@ -54,5 +54,5 @@ def ask(endpoint: Endpoint, body: bytes | dict[str, Any], desk: Desk) -> Answer:
         return endpoint.answer(question, desk)
     except HerderError:
         raise
-    except (ArithmeticError, ValueError, RecursionError) as error:
+    except (ArithmeticError, LookupError, ValueError, RecursionError) as error:
         raise Internal(f"plan {endpoint.path or 'index'}: {type(error).__name__}: {str(error)[:200]}") from error

@@ -21,6 +21,7 @@ from head.planner.hardware.topology import (
     topology_of_preset,
 )
 from head.planner.model.architecture import Architecture, Attention, FeedForward, LayerGroup
+from head.planner.model.headers import architecture_of_registered
 from head.planner.model.presets import architecture_of, lookup
 
 DEFAULT_GPU, DEFAULT_GPUS = "H100-SXM-80GB", 8
@@ -158,11 +159,10 @@ def architecture_named(name: str, desk: Desk) -> Architecture:
         raise InvalidValue("model: say which", field="model", hint="a name, or config, or dimensions")
     known = desk.models.get(name)
     if known is not None:
-        from head.planner.model.headers import architecture_of_metadata
-
-        found = architecture_of_metadata(known, name)
-        if found is not None:
-            return msgspec.structs.replace(found, source="registered")
+        try:
+            return msgspec.structs.replace(architecture_of_registered(known, name), source="registered")
+        except InvalidValue:
+            pass  # its files do not say enough; a preset of the same name may
     return lookup(name)
 
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from head.planner.endpoints import about, training_memory, training_time
+from head.planner.endpoints import about, exporting, recommending, training_memory, training_time
 
-ENDPOINTS = (*about.ENDPOINTS, *training_memory.ENDPOINTS, *training_time.ENDPOINTS)
+ENDPOINTS = (
+    *about.ENDPOINTS,
+    *recommending.ENDPOINTS,
+    *training_memory.ENDPOINTS,
+    *training_time.ENDPOINTS,
+    *exporting.ENDPOINTS,
+)
 BY_PATH = {endpoint.path: endpoint for endpoint in ENDPOINTS}
 BY_VERB = {endpoint.verb: endpoint for endpoint in ENDPOINTS if endpoint.verb}

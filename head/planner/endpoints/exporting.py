@@ -1,0 +1,461 @@
+"""Plans for other tools: sharding, launch, export, slurm, nccl."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from common.errors import NothingFits
+from head.planner.advice.nccl import nccl_advice
+from head.planner.endpoints.base import Answer, Endpoint
+from head.planner.endpoints.layout_search import TopologySummary, topology_summary
+from head.planner.endpoints.layouts import (
+    GB,
+    LayoutQuestion,
+    MemoryBreakdown,
+    layout_name,
+    layout_of,
+    machine_and_layout,
+    memory_view,
+    sharding_of,
+)
+from head.planner.endpoints.questions import Count, Desk, Name, PlacedQuestion, Question, architecture_for, topology_for
+from head.planner.endpoints.training_time import shares
+from head.planner.export import accelerate, bundle, deepspeed, slurm
+from head.planner.export.job import TrainingJob
+from head.planner.training.layout import Sharding, TrainingLayout
+from head.planner.training.memory import TrainingMemory, estimate_memory
+from head.planner.training.search import remedies
+from head.planner.training.step_time import estimate as estimate_step
+
+_TEXT = Meta(max_length=256)
+
+
+class RunQuestion(LayoutQuestion, frozen=True, kw_only=True):
+    """What is run, beside the layout."""
+
+    script: Annotated[str, Meta(max_length=512, description="The training script.")] = "train.py"
+    script_args: Annotated[tuple[str, ...], Meta(max_length=100, description="Its arguments.")] = ()
+    name: Annotated[str, Meta(max_length=64, description="Of the job.")] = "train"
+    learning_rate: Annotated[float, Meta(gt=0, le=100)] = 3e-4
+    train_steps: Annotated[int, Meta(ge=1, le=1 << 40)] = 1_000
+    checkpoint_dir: Annotated[str, Meta(max_length=512, description="Where checkpoints go.")] = "checkpoints"
+    cpu: Annotated[bool, Meta(description="A rehearsal on CPUs, with gloo.")] = False
+
+
+class LaunchQuestion(Question, frozen=True, kw_only=True):
+    """Commands that start a training. tp x pp x dp must be nodes x gpus."""
+
+    nodes: Annotated[Count, Meta(description="Nodes.")] = 1
+    gpus: Annotated[int, Meta(ge=1, le=1_024, description="GPUs of a node.")] = 8
+    tp: Annotated[Count, Meta(description="Tensor parallelism.")] = 1
+    pp: Annotated[Count, Meta(description="Pipeline stages.")] = 1
+    dp: Annotated[int, Meta(ge=0, le=1_048_576, description="Data-parallel ranks; 0: what the GPUs leave.")] = 0
+    sharding: Annotated[str, Meta(max_length=16, description="none, zero1, zero2, zero3, fsdp, hsdp.")] = "none"
+    micro_batch: Annotated[int, Meta(ge=1, le=1 << 20, description="Sequences at once.")] = 1
+    grad_accum: Annotated[int, Meta(ge=1, le=1 << 20, description="Micro-batches of a step.")] = 1
+    seq_length: Annotated[int, Meta(ge=1, le=1 << 26, description="Tokens of a sequence.")] = 2048
+    master_addr: Annotated[str, Meta(max_length=253, description="The first node.")] = "localhost"
+    master_port: Annotated[int, Meta(ge=1024, le=65_535, description="Its port.")] = 29500
+    script: Annotated[str, Meta(max_length=512, description="The training script.")] = "train.py"
+    framework: Annotated[
+        Literal["", "torchrun", "deepspeed", "accelerate", "megatron"], Meta(description="Only this one.")
+    ] = ""
+
+
+class LaunchAnswer(Answer, frozen=True, kw_only=True):
+    """Commands by launcher; each also as a list of words."""
+
+    commands: dict[str, Any]
+    framework: str = ""
+    layout: str
+
+
+class ExportQuestion(RunQuestion, frozen=True, kw_only=True):
+    """Configurations, commands and files of a training."""
+
+    framework: Annotated[
+        str,
+        Meta(max_length=32, description="torchrun, pytorch, deepspeed, accelerate, fsdp, megatron, slurm, kubernetes."),
+    ] = "pytorch"
+
+
+class ExportAnswer(Answer, frozen=True, kw_only=True):
+    """The files by name, the commands, and what each tool cannot express of the layout."""
+
+    name: str
+    description: str
+    framework: str
+    topology: TopologySummary
+    deepspeed_config: dict[str, Any]
+    accelerate_config: dict[str, Any]
+    fsdp_config: dict[str, Any]
+    megatron_args: list[str]
+    environment_variables: dict[str, str]
+    torchrun_command: str
+    torchrun_argv: list[str]
+    multi_node_commands: list[str]
+    deepspeed_command: str
+    accelerate_command: str
+    megatron_command: str
+    slurm_script: str
+    kubernetes_config: dict[str, Any]
+    training_script: str
+    files: dict[str, str]
+    notes: list[str]
+
+
+class SlurmQuestion(RunQuestion, frozen=True, kw_only=True):
+    """A batch script: one torchrun per node, resumed from the newest checkpoint."""
+
+    partition: Annotated[str, _TEXT] = ""
+    account: Annotated[str, _TEXT] = ""
+    qos: Annotated[str, _TEXT] = ""
+    time: Annotated[str, Meta(max_length=32, description="Limit, as Slurm writes it.")] = "24:00:00"
+    cpus_per_gpu: Annotated[int, Meta(ge=1, le=1_024)] = 8
+    conda_env: Annotated[str, _TEXT] = ""
+    modules: Annotated[tuple[str, ...], Meta(max_length=32, description="Environment modules to load.")] = ()
+
+
+class SlurmAnswer(Answer, frozen=True, kw_only=True):
+    """The script."""
+
+    script: str
+    layout: str
+    topology: TopologySummary
+    notes: list[str]
+
+
+class ShardingQuestion(PlacedQuestion, frozen=True, kw_only=True):
+    """Ways to shard weights, gradients and optimizer over dp ranks."""
+
+    dp: Annotated[Count, Meta(description="Data-parallel ranks.")] = 8
+    nodes: Annotated[Count, Meta(description="Nodes.")] = 1
+    batch_size: Annotated[int, Meta(ge=1, le=1 << 20, description="Sequences of a rank.")] = 1
+    seq_length: Annotated[int, Meta(ge=1, le=1 << 26, description="Tokens of a sequence.")] = 2048
+    checkpointing: Annotated[Literal["none", "selective", "full"], Meta(description="Recomputation.")] = "full"
+
+
+class ShardingConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a strategy sets."""
+
+    strategy: str
+    zero_stage: int
+    shard_size: int
+    replicate_size: int
+    cpu_offload: bool
+
+
+class ShardingAnalysis(msgspec.Struct, frozen=True, kw_only=True):
+    """What it takes and costs, by the same models as everything else."""
+
+    memory: MemoryBreakdown
+    verdict: str
+    fit_probability: float
+    headroom_gb: float
+    memory_savings_factor: float
+    step_s: float
+    tokens_per_s: float
+    communication_overhead_pct: float
+    pros: tuple[str, ...]
+    cons: tuple[str, ...]
+
+
+class ShardingOption(msgspec.Struct, frozen=True, kw_only=True):
+    """One strategy. Score 100: the fastest that fits; 0: does not fit."""
+
+    config: ShardingConfig
+    analysis: ShardingAnalysis
+    score: float
+    deepspeed_config: dict[str, Any]
+    fsdp_config: dict[str, Any]
+
+
+class ShardingAnswer(Answer, frozen=True, kw_only=True):
+    """Every strategy, those that fit first; none is left out."""
+
+    model: str
+    result: tuple[ShardingOption, ...]
+    best: ShardingOption | None
+    remedies: tuple[str, ...]
+    topology: TopologySummary
+
+
+class NcclQuestion(Question, frozen=True, kw_only=True):
+    """Settings of NCCL for a cluster."""
+
+    num_nodes: Annotated[Count, Meta(description="Nodes.")] = 1
+    gpus_per_node: Annotated[int, Meta(ge=1, le=1_024, description="GPUs of a node.")] = 8
+    network_type: Annotated[str, Meta(max_length=32, description="nvlink, infiniband, roce, ethernet, efa.")] = "nvlink"
+    gpu: Annotated[Name, Meta(description="Accelerator.")] = "H100"
+    interface: Annotated[str, Meta(max_length=64, description="Network interfaces, in NCCL's words.")] = ""
+    hca: Annotated[str, Meta(max_length=128, description="RDMA devices, in NCCL's words.")] = ""
+    debug: Annotated[bool, Meta(description="Let NCCL say what it does.")] = False
+    tp: Annotated[Count, Meta(description="Tensor parallelism.")] = 1
+
+
+class NcclAnswer(Answer, frozen=True, kw_only=True):
+    """Variables with reasons, and the bandwidth to expect."""
+
+    nccl_config: dict[str, Any]
+    topology: dict[str, Any]
+
+
+def launch(question: LaunchQuestion, desk: Desk) -> LaunchAnswer:
+    """The commands for a layout that is given whole."""
+    total = question.nodes * question.gpus
+    placed = LayoutQuestion(
+        gpus=total,
+        gpus_per_node=question.gpus,
+        gpu="H100",
+        tp=question.tp,
+        pp=question.pp,
+        dp=question.dp,
+        sharding=question.sharding,
+        micro_batch=question.micro_batch,
+        batch_size=question.micro_batch * question.grad_accum,
+        seq_length=question.seq_length,
+    )
+    topology = topology_for(placed, desk)
+    job = TrainingJob(
+        layout=layout_of(placed, topology),
+        topology=topology,
+        script=question.script,
+        master_addr=question.master_addr,
+        master_port=question.master_port,
+    )
+    found = bundle.launch(job, question.framework)
+    return LaunchAnswer(
+        commands=found["commands"], framework=found.get("framework", ""), layout=layout_name(job.layout)
+    )
+
+
+def _job(question: RunQuestion, desk: Desk, **more: Any) -> TrainingJob:
+    arch = architecture_for(question, desk)
+    topology, layout = machine_and_layout(question, desk)
+    return TrainingJob(
+        layout=layout,
+        topology=topology,
+        architecture=arch,
+        script=question.script,
+        script_args=question.script_args,
+        name=question.name,
+        learning_rate=question.learning_rate,
+        train_steps=question.train_steps,
+        checkpoint_dir=question.checkpoint_dir,
+        is_cpu=question.cpu,
+        **more,
+    )
+
+
+def export(question: ExportQuestion, desk: Desk) -> ExportAnswer:
+    """Everything for a layout and a script."""
+    job = _job(question, desk)
+    found = bundle.export(job, question.framework) | {"topology": topology_summary(job.topology)}
+    return ExportAnswer(**found)
+
+
+def slurm_script(question: SlurmQuestion, desk: Desk) -> SlurmAnswer:
+    """The batch script for a layout and a script."""
+    job = _job(
+        question,
+        desk,
+        partition=question.partition,
+        account=question.account,
+        qos=question.qos,
+        time_limit=question.time,
+        cpus_per_gpu=question.cpus_per_gpu,
+        conda_env=question.conda_env,
+        modules=question.modules,
+    )
+    return SlurmAnswer(
+        script=slurm.script(job),
+        layout=layout_name(job.layout),
+        topology=topology_summary(job.topology),
+        notes=bundle.notes(job),
+    )
+
+
+_STRATEGIES: tuple[tuple[str, Sharding, str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("none", "none", "none", ("no extra exchange",), ("everything on every GPU",)),
+    (
+        "ZeRO-1",
+        "zero1",
+        "none",
+        ("optimizer states shared out", "exchange as without"),
+        ("weights and gradients whole",),
+    ),
+    ("ZeRO-2", "zero2", "none", ("gradients shared out too",), ("gradients are reduced in every micro-batch",)),
+    ("ZeRO-3", "zero3", "none", ("everything shared out",), ("weights are gathered twice in every micro-batch",)),
+    (
+        "FSDP",
+        "fsdp",
+        "none",
+        ("everything shared out", "plain PyTorch"),
+        ("weights are gathered in every micro-batch",),
+    ),
+    ("HSDP", "hsdp", "none", ("gathers stay inside a node",), ("one copy of the states per node",)),
+    (
+        "ZeRO-1 with optimizer offload",
+        "zero1",
+        "optimizer",
+        ("optimizer states in host memory",),
+        ("gradients and weights cross PCIe in every step",),
+    ),
+    (
+        "FSDP with offload",
+        "fsdp",
+        "optimizer_and_weights",
+        ("weights and optimizer in host memory",),
+        ("everything crosses PCIe in every step",),
+    ),
+)
+
+
+def sharding(question: ShardingQuestion, desk: Desk) -> ShardingAnswer:
+    """Each strategy with its memory and time on the same machine."""
+    arch = architecture_for(question, desk)
+    wanted = question.gpus or question.dp
+    per_node = question.gpus_per_node or max(1, -(-wanted // question.nodes))
+    topology = topology_for(msgspec.structs.replace(question, gpus=wanted, gpus_per_node=per_node), desk)
+    whole: TrainingMemory | None = None
+    rows: list[tuple[TrainingLayout, TrainingMemory, float, float, int]] = []
+    for index, (_, kind, offload, _, _) in enumerate(_STRATEGIES):
+        if kind == "hsdp" and topology.nodes < 2:
+            continue
+        layout = TrainingLayout(
+            dp=question.dp,
+            sharding=sharding_of(kind),
+            offload=offload,  # type: ignore[arg-type]
+            global_batch=question.batch_size * question.dp,
+            micro_batch=question.batch_size,
+            seq=question.seq_length,
+            recompute=question.checkpointing,
+            shard_group=topology.gpus_per_node if kind == "hsdp" else 0,
+        )
+        memory = estimate_memory(arch, topology, layout)
+        whole = whole or memory
+        step = estimate_step(arch, topology, layout, "fsdp" if kind in ("fsdp", "hsdp") else "deepspeed")
+        rows.append((layout, memory, step.step_s.value, shares(step.parts)["communication"], index))
+    assert whole is not None
+    fastest = min((seconds for _, memory, seconds, _, _ in rows if memory.headroom_bytes >= 0), default=0.0)
+    options = []
+    for layout, memory, seconds, share, index in rows:
+        name, kind, offload, pros, cons = _STRATEGIES[index]
+        job = TrainingJob(layout=layout, topology=topology, architecture=arch)
+        shard = {"none": 1, "hsdp": layout.shard_group}.get(kind, layout.dp)
+        tokens = layout.global_batch * layout.seq
+        options.append(
+            ShardingOption(
+                config=ShardingConfig(
+                    strategy=name,
+                    zero_stage={"none": 0, "zero1": 1, "zero2": 2}.get(kind, 3),
+                    shard_size=shard,
+                    replicate_size=max(1, layout.dp // shard),
+                    cpu_offload=offload != "none",
+                ),
+                analysis=ShardingAnalysis(
+                    memory=memory_view(memory),
+                    verdict=memory.verdict,
+                    fit_probability=memory.fit_probability,
+                    headroom_gb=memory.headroom_bytes / GB,
+                    memory_savings_factor=whole.parts.total / memory.parts.total,
+                    step_s=seconds,
+                    tokens_per_s=tokens / seconds,
+                    communication_overhead_pct=100.0 * share,
+                    pros=pros,
+                    cons=cons,
+                ),
+                score=100.0 * fastest / seconds * memory.fit_probability if memory.headroom_bytes >= 0 else 0.0,
+                deepspeed_config=deepspeed.config(job),
+                fsdp_config=accelerate.fsdp(job),
+            )
+        )
+    options.sort(key=lambda option: (-option.score, -option.analysis.headroom_gb))
+    if options[0].score <= 0:
+        helped = remedies(arch, topology, rows[0][0])
+        raise NothingFits(
+            f"{arch.name} does not fit {question.dp} x {topology.accelerator.name} in any way of sharding",
+            hint="; ".join(remedy.message for remedy in helped[:3]) or "more GPUs or a smaller model",
+            needed_gb={option.config.strategy: round(option.analysis.memory.total, 2) for option in options},
+            memory_gb=round(topology.accelerator.visible_bytes / GB, 2),
+            remedies=[remedy.message for remedy in helped],
+        )
+    return ShardingAnswer(
+        model=arch.name,
+        result=tuple(options),
+        best=options[0],
+        remedies=(),
+        topology=topology_summary(topology),
+    )
+
+
+def nccl(question: NcclQuestion, desk: Desk) -> NcclAnswer:
+    """Variables that exist in NCCL, each with its reason."""
+    found = nccl_advice(
+        question.num_nodes,
+        question.gpus_per_node,
+        question.network_type,
+        accelerator=question.gpu,
+        interface=question.interface,
+        hca=question.hca,
+        has_debug=question.debug,
+        tp=question.tp,
+    )
+    return NcclAnswer(nccl_config=found["nccl_config"], topology=found["topology"])
+
+
+_CODES = ("model_not_found", "not_found", "nothing_fits")
+ENDPOINTS = (
+    Endpoint(
+        "sharding",
+        "sharding",
+        ShardingQuestion,
+        ShardingAnswer,
+        sharding,
+        "Ways to shard the states, with memory and time",
+        example=(("model", "llama-3.1-8b"), ("gpu", "H100"), ("dp", 16), ("nodes", 2)),
+        codes=_CODES,
+    ),
+    Endpoint(
+        "launch",
+        "launch",
+        LaunchQuestion,
+        LaunchAnswer,
+        launch,
+        "Commands that start a training",
+        example=(("nodes", 2), ("tp", 2), ("pp", 2), ("dp", 4)),
+    ),
+    Endpoint(
+        "export",
+        "export",
+        ExportQuestion,
+        ExportAnswer,
+        export,
+        "A plan as files of other tools",
+        example=(("model", "llama-3.1-8b"), ("gpu", "H100"), ("dp", 8), ("framework", "deepspeed")),
+        codes=_CODES,
+    ),
+    Endpoint(
+        "slurm",
+        "slurm",
+        SlurmQuestion,
+        SlurmAnswer,
+        slurm_script,
+        "A Slurm batch script for a plan",
+        example=(("model", "llama-3.1-8b"), ("gpu", "H100"), ("dp", 16), ("partition", "gpu")),
+        codes=_CODES,
+    ),
+    Endpoint(
+        "nccl",
+        "nccl",
+        NcclQuestion,
+        NcclAnswer,
+        nccl,
+        "Settings of NCCL with reasons",
+        example=(("num_nodes", 4), ("network_type", "infiniband")),
+        codes=("not_found",),
+    ),
+)
