@@ -139,6 +139,9 @@ def _recipe_row(row: Mapping[str, Any], resolve: Resolve | None) -> MemoryRow:
     if words is None:
         raise Unusable("the hardware is not said as NxNAME")
     gpus, device = int(words[1]), {"A100": "A100-SXM-80GB", "A6000": "RTX A6000"}.get(words[2], words[2])
+    # full training on one GPU: an 8-bit optimizer, paged to the host on a card under 32 GB, stepping in the backward pass
+    is_single = method == "full" and gpus == 1
+    optimizer = ("paged_adamw_8bit" if "4090" in device else "adamw_8bit") if is_single else "adamw"
     is_offloaded = "offload" in str(conditions.get("note", "")).lower()
     layout = TrainingLayout(
         dp=gpus,
@@ -150,13 +153,22 @@ def _recipe_row(row: Mapping[str, Any], resolve: Resolve | None) -> MemoryRow:
         tuning=_TUNINGS.get(method, "full"),
         lora_rank=8,
         grad_bytes=2,
-        optimizer="paged_adamw_8bit" if method == "full" and gpus == 1 else "adamw",
+        optimizer=optimizer,
         offload="optimizer_and_weights" if is_offloaded else "none",
         has_double_quant=method == "qlora",
         has_sequence_parallel=False,
     )
     unit = 1e9 if expected.get("unit") == "GB" else GIB
-    return _made(row, arch, layout, "torchtune", "allocated", device, expected.get("peak_mem"), unit)
+    return _made(
+        row,
+        arch,
+        layout,
+        "torchtune-single" if is_single else "torchtune",
+        "allocated",
+        device,
+        expected.get("peak_mem"),
+        unit,
+    )
 
 
 def _run_row(row: Mapping[str, Any], title: str, resolve: Resolve | None) -> MemoryRow:

@@ -27,8 +27,8 @@ from head.planner.training.memory_states import States, frozen_states, states_of
 
 Verdict = Literal["fits", "tight", "does_not_fit"]
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "context", "fragmentation")
-FITS_AT = 0.95  # probability from which a layout is called a fit
-MISFIT_AT = 0.05  # and under which it is called none
+FITS_AT = 0.975  # probability from which a layout is called a fit: the 95 % interval lies under the capacity
+MISFIT_AT = 0.025  # and under which it is called none: the interval lies over it
 _Z80 = 1.2815515655446004  # half width of a central 80 % interval of a normal distribution, in standard deviations
 _SHARDED = ("zero3", "fsdp", "hsdp")
 
@@ -253,17 +253,19 @@ def _gathered(
     states: States,
 ) -> float:
     """Bytes of weights gathered for use and of gradients not yet reduced, when weights are sharded."""
+    each = 2.0 if layout.precision not in ("fp32", "tf32") else 4.0
+    table = max(facts.first_params * stage.has_first, facts.head_params * stage.has_head) / layout.tp
+    is_frozen = layout.tuning != "full"
+    if stack.releases_gradients and not is_frozen:
+        return each * max(largest, table)
     is_cut = layout.sharding in _SHARDED and layout.dp * layout.cp > 1
     if not is_cut and layout.offload != "optimizer_and_weights":
         return 0.0
-    is_frozen = layout.tuning != "full"
-    each = 2.0 if layout.precision not in ("fp32", "tf32") else 4.0
     if is_frozen and stack.keeps_gathered:
         return each * (held + 2.0 * largest)
     if stack.keeps_gathered_in_pipeline and layout.pp > 1:
         # gathered once and kept, gradients summed whole in fp32 until the last micro-batch
         return held * (each + (0.0 if is_frozen else 4.0))
-    table = max(facts.first_params * stage.has_first, facts.head_params * stage.has_head) / layout.tp
     narrow = 0.5625 if layout.tuning == "qlora" else each
     blocks = stack.gathered_blocks * largest * narrow + table * each
     if layout.tuning == "qlora":

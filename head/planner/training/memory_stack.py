@@ -29,6 +29,7 @@ class MemoryStack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     operators: Literal["fused", "eager"] = "fused"
     selective: Literal["core_attention", "operators"] = "core_attention"
     loss_bytes: float = 10.0
+    releases_gradients: bool = False  # the optimizer steps inside the backward pass, layer by layer
     keeps_narrow_gradients: bool = False  # 16-bit gradients beside their fp32 sums
     fp32_partition_copies: int = 0  # flat fp32 buffers beside master and moments (gradients, all-gather), sharded
     bucket_elements: float = 0.0  # of a reduce and of a gather bucket
@@ -68,6 +69,9 @@ STACKS: dict[str, MemoryStack] = {
             name="huggingface", states="fp32_shards", operators="eager", loss_bytes=14.0, has_lora_dropout=True
         ),
         MemoryStack(name="torchtune", states="pure", loss_bytes=3.0, measure="allocated"),
+        MemoryStack(
+            name="torchtune-single", states="pure", loss_bytes=3.0, releases_gradients=True, measure="allocated"
+        ),
         MemoryStack(
             name="litgpt",
             states="pure",

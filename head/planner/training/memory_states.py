@@ -133,6 +133,7 @@ def frozen_states(
 def _one(layout: TrainingLayout, stack: MemoryStack, params: float, ways: tuple[int, int, int]) -> States:
     each = state_bytes(layout, stack)
     weights, gradients = params * each.weights / ways[0], params * each.gradients / ways[1]
+    gradients = 0.0 if stack.releases_gradients else gradients
     optimizer = params * (each.optimizer + each.extra_sharded) / ways[2]
     if layout.optimizer.startswith("paged_"):
         return States(weights=weights, gradients=gradients, host=optimizer)
