@@ -238,7 +238,7 @@ def _of_few(detected: Mapping[str, Any], name: str) -> Architecture:
     bare = count(architecture_of_config({**config, "model_type": "llama", "intermediate_size": 1}, name))
     layers = integer(config.get("num_hidden_layers"), "num_hidden_layers", low=1, high=4_096)
     hidden = integer(config.get("hidden_size"), "hidden_size", low=1, high=WIDTH)
-    width = max(1, min(WIDTH, round((total - bare.total) / (3 * hidden * layers))))
+    width = max(1, min(WIDTH, 1 + round((total - bare.total) / (3 * hidden * layers))))
     architecture = architecture_of_config({**config, "model_type": "llama", "intermediate_size": width}, name)
     note = "feed-forward width solved from the parameter count: the stored metadata has no configuration"
     return msgspec.structs.replace(architecture, notes=(*architecture.notes, note))

@@ -49,6 +49,7 @@ _QUANTISED = {
     "awq": "awq",
     "gptq": "gptq",
     "nvfp4": "nvfp4",
+    "fp4": "nvfp4",
     "mxfp4": "mxfp4",
     "mxfp8": "mxfp8",
     "nf4": "nf4",
@@ -134,12 +135,15 @@ def architecture_of(config: Mapping[str, Any], name: str = "") -> Architecture:
     dimensions, its values are taken for them; the notes say so.
     """
     missing = deficits(config)
-    if missing and (preset := _agreeing(config, name)) is not None:
-        added = {key: value for key, value in preset.config.items() if key not in config}
-        architecture = architecture_of_config({**config, **added}, name or preset.id)
-        text = f"{', '.join(missing)} not given: taken from {preset.id}, which has the same dimensions"
-        return msgspec.structs.replace(architecture, notes=(*architecture.notes, text))
-    return architecture_of_config(config, name)
+    if not missing or (preset := _agreeing(config, name)) is None:
+        return architecture_of_config(config, name)
+    architecture = architecture_of_config(_completed(config, preset), name or preset.id)
+    text = f"{', '.join(missing)} not given: taken from {preset.id}, which has the same dimensions"
+    return msgspec.structs.replace(architecture, notes=(*architecture.notes, text))
+
+
+def _completed(config: Mapping[str, Any], preset: Preset) -> dict[str, Any]:
+    return {**preset.config, **config}
 
 
 def _agreeing(config: Mapping[str, Any], name: str) -> Preset | None:
@@ -149,8 +153,8 @@ def _agreeing(config: Mapping[str, Any], name: str) -> Preset | None:
         named = _index().get(_key(name))
         if named in candidates:
             return named
-    distinct = {msgspec.json.encode(preset.config, order="sorted") for preset in candidates}
-    return candidates[0] if len(distinct) == 1 else None
+    forms = {architecture_of_config(_completed(config, preset)).groups for preset in candidates}
+    return candidates[0] if len(forms) == 1 else None
 
 
 def _agrees(known: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
@@ -202,4 +206,6 @@ def _index() -> dict[str, Preset]:
 
 
 def _key(name: str) -> str:
-    return re.sub(r"[^a-z0-9/]", "", name.strip().lower())
+    """Letters, digits and the publisher's slash; a separator between digits stays one (1.3b is not 13b)."""
+    text = re.sub(r"(?<=\d)[^a-z0-9/]+(?=\d)", ".", name.strip().lower())
+    return re.sub(r"[^a-z0-9/.]|(?<!\d)\.|\.(?!\d)", "", text)
