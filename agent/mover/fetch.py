@@ -19,6 +19,7 @@ from agent.mover.config import MoverConfig
 from agent.mover.measure import measured
 from agent.mover.part import Part, PartSource, finished
 from agent.mover.protocol import Fetch
+from agent.mover.source_file import FileOrigin
 from agent.mover.sources import Listing, Origin, RemoteFile, SourceChanged, origin_for
 from agent.mover.transfer import Feed, Round, Task
 from agent.store import publish
@@ -321,6 +322,8 @@ class FetchJob:
     def _task(self, path: str, source: PartSource, feeds: list[Feed]) -> Task:
         part = self._open(path, source)
         self._parts[path] = part
+        if part.is_new and self._store.device.reflink:
+            _clone(part, path, feeds)
         if source.blob:
             known = self._store.leaves(source.blob, source.size, source.chunk_bytes) or self._ask_leaves(part, feeds)
             if known is not None:
@@ -420,6 +423,23 @@ class FetchJob:
 
 def _asker(origin: Origin, source: PartSource) -> Callable[[], bytes]:
     return lambda: origin.leaves(source.blob, source.size, source.chunk_bytes)
+
+
+def _clone(part: Part, path: str, feeds: list[Feed]) -> None:
+    """Takes the bytes of a file:// source on the store's own file system without copying them, where that works.
+
+    Whatever is wrong with the source is left for the fetch to find.
+    """
+    for feed in feeds:
+        if isinstance(feed.origin, FileOrigin) and path in feed.files:
+            connection = feed.origin.connect()
+            try:
+                if part.clone(feed.name, connection.descriptor(feed.files[path])):
+                    return
+            except (HerderError, SourceChanged, OSError):
+                continue
+            finally:
+                connection.close()
 
 
 def _first_final(errors: list[HerderError]) -> HerderError:

@@ -65,10 +65,13 @@ class Part:
         self._unsynced_bytes = 0
         self._fds: list[int] = []
         self.is_allocated = False
+        self.is_new = False
+        self.cloned_from = ""  # the source whose blocks the data shares since its creation
 
     # opening and closing
     def create(self, *, allocates: bool = True) -> None:
         """Makes the directory and its files. Raises: OSError (ENOSPC when the file system has no room)."""
+        self.is_new = True
         self.directory.mkdir(0o700)
         fsio.write_atomic(self.directory / "src.json", msgspec.json.encode(self.source))
         self._open(os.O_CREAT | os.O_EXCL)
@@ -77,6 +80,20 @@ class Part:
         self.files.sync(self.data_fd)
         self.files.sync_directory(self.directory)
         self.files.sync_directory(self.directory.parent)
+
+    def clone(self, name: str, source_fd: int) -> bool:
+        """Shares the blocks of a local source (reflink): its bytes are in the data, and none of them is believed yet.
+
+        False where the file system cannot, or the file is on another one, or of another size. Raises: OSError.
+        """
+        if not self.size or os.fstat(source_fd).st_size != self.size:
+            return False
+        os.ftruncate(self.data_fd, 0)  # a clone that ends within a block must end the file
+        if fsio.clone(source_fd, self.data_fd) and os.fstat(self.data_fd).st_size == self.size:
+            self.cloned_from = name
+            return True
+        self.is_allocated = fsio.allocate(self.data_fd, align_up(self.size))
+        return False
 
     def resume(self) -> bool:
         """Opens what an earlier process left; False when it is of no use (another source, torn, not ours)."""
@@ -224,6 +241,7 @@ class Part:
     def restart(self) -> None:
         """Forgets every chunk: the source has changed under us."""
         self.bitmap.clear()
+        self.cloned_from = ""
         self._unsynced_bytes = 0
 
     def _leaf(self, leaves: bytes | bytearray, index: int) -> bytes:

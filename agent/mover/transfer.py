@@ -11,6 +11,7 @@ as one stream by one thread, chunks that are here already being compared and not
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import threading
 import time
@@ -313,6 +314,22 @@ class Round:
         return True
 
 
+class ClonedChunk:
+    """A chunk of a part that shares its source's blocks, as a stream."""
+
+    def __init__(self, part: Part, index: int) -> None:
+        self._part, self._at = part, index * part.chunk_bytes
+
+    def readinto(self, view: memoryview) -> int:
+        """Some bytes; 0 at the end. Raises: SourceFailed."""
+        try:
+            count = os.preadv(self._part.data_fd, [view], self._at)
+        except OSError as error:
+            raise SourceFailed(f"the clone cannot be read: {error.strerror}") from None
+        self._at += count
+        return count
+
+
 class _Worker:
     """One thread with one connection to one feed."""
 
@@ -429,7 +446,11 @@ class _Worker:
     def _receive(self, stream: Stream, task: Task, waiting: list[int]) -> None:
         view = self._buffer(task.part.chunk_bytes)
         for index in list(waiting):
-            digest = self._chunk(stream, task.part, index, view, writes=True)
+            # What was cloned is read from the clone, which nobody can change any more, and needs no writing; but where
+            # a chunk was bad, whoever gave it has written over it.
+            is_here = task.part.cloned_from == self._feed.name and not task.bad.get(index)
+            given = ClonedChunk(task.part, index) if is_here else stream
+            digest = self._chunk(given, task.part, index, view, writes=not is_here)
             waiting.remove(index)
             self._round.land(self._feed, task, index, digest)
 
@@ -465,7 +486,7 @@ class _Worker:
             waiting.append(index)
             return True
 
-    def _chunk(self, stream: Stream, part: Part, index: int, view: memoryview, *, writes: bool) -> bytes:
+    def _chunk(self, stream: Stream | ClonedChunk, part: Part, index: int, view: memoryview, *, writes: bool) -> bytes:
         """Receives one chunk and returns its digest."""
         hasher = blake3()
         offset, left = index * part.chunk_bytes, part.length(index)
