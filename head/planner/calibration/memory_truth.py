@@ -139,7 +139,7 @@ def _recipe_row(row: Mapping[str, Any], resolve: Resolve | None) -> MemoryRow:
     if words is None:
         raise Unusable("the hardware is not said as NxNAME")
     gpus, device = int(words[1]), {"A100": "A100-SXM-80GB", "A6000": "RTX A6000"}.get(words[2], words[2])
-    # full training on one GPU: an 8-bit optimizer, paged to the host on a card under 32 GB, stepping in the backward pass
+    # full training on one GPU: an 8-bit optimizer that steps in the backward pass, paged to the host on a 4090
     is_single = method == "full" and gpus == 1
     optimizer = ("paged_adamw_8bit" if "4090" in device else "adamw_8bit") if is_single else "adamw"
     is_offloaded = "offload" in str(conditions.get("note", "")).lower()

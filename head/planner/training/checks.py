@@ -65,6 +65,8 @@ def structure_checks(arch: Architecture, topology: Topology, layout: TrainingLay
         check = rule(arch, topology, layout)
         if check is not None:
             yield check
+            if check.name == "degrees" and check.status == "failed":
+                return  # the other rules divide by them
 
 
 def memory_check(memory: TrainingMemory) -> Check:
