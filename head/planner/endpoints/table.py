@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from head.planner.endpoints import about, exporting, recommending, training_memory, training_time
+from head.planner.endpoints import (
+    about,
+    exporting,
+    optimizing,
+    recommending,
+    scaling,
+    special,
+    training_memory,
+    training_time,
+)
 
 ENDPOINTS = (
     *about.ENDPOINTS,
     *recommending.ENDPOINTS,
     *training_memory.ENDPOINTS,
     *training_time.ENDPOINTS,
+    *optimizing.ENDPOINTS,
+    *scaling.ENDPOINTS,
+    *special.ENDPOINTS,
     *exporting.ENDPOINTS,
 )
 BY_PATH = {endpoint.path: endpoint for endpoint in ENDPOINTS}
