@@ -213,7 +213,8 @@ def test_programs_are_found_by_their_names_and_releases() -> None:
     """A release or another name of a program is no other program; an unknown one gets the usual for the layout."""
     sharded = TrainingLayout(sharding="fsdp", dp=8)
     assert stack_named("mosaic", sharded).name == "llm-foundry"
-    assert stack_named("megatron-bridge@26.04", TrainingLayout()).name == "megatron"
+    assert stack_named("Megatron-Bridge@26.04", TrainingLayout()).name == "megatron-bridge"
+    assert stack_named("megatron-lm", TrainingLayout()).name == "megatron"
     assert stack_named("megatron-bridge", sharded).name == "fsdp"
     assert stack_named("never heard of it", sharded) == stack_for(sharded)
 

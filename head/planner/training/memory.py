@@ -19,7 +19,7 @@ from head.planner.calibration.quantity import Quantity
 from head.planner.hardware.accelerators import GIB
 from head.planner.hardware.topology import Topology
 from head.planner.model.architecture import Architecture
-from head.planner.training.layout import TrainingLayout
+from head.planner.training.layout import Recompute, TrainingLayout
 from head.planner.training.memory_layers import ModelFacts, expert_tensor_ways, model_facts
 from head.planner.training.memory_stack import Measure, MemoryStack, stack_for
 from head.planner.training.memory_stages import Stage, StageActivations, stage_activations, stages
@@ -144,6 +144,18 @@ def estimate_memory(
         host_bytes=host,
         stack=stack.name,
     )
+
+
+def with_least_recompute(
+    arch: Architecture, topology: Topology, layout: TrainingLayout, *, stack: MemoryStack | None = None
+) -> TrainingLayout:
+    """`layout` with the least recomputation that may fit, for questions that leave it open; full when none does."""
+    choices: tuple[Recompute, ...] = ("none", "selective", "full")
+    for recompute in choices:
+        changed = msgspec.structs.replace(layout, recompute=recompute)
+        if estimate_memory(arch, topology, changed, stack=stack).verdict != "does_not_fit":
+            return changed
+    return msgspec.structs.replace(layout, recompute="full")
 
 
 def fit_probability(value: float, capacity: float, sigma: float) -> float:

@@ -30,6 +30,7 @@ class MemoryStack(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     selective: Literal["core_attention", "operators"] = "core_attention"
     loss_bytes: float = 10.0
     releases_gradients: bool = False  # the optimizer steps inside the backward pass, layer by layer
+    narrow_gradients: bool = False  # gradients are summed and reduced in 16 bits, whatever the layout says
     keeps_narrow_gradients: bool = False  # 16-bit gradients beside their fp32 sums
     fp32_partition_copies: int = 0  # flat fp32 buffers beside master and moments (gradients, all-gather), sharded
     bucket_elements: float = 0.0  # of a reduce and of a gather bucket
@@ -50,6 +51,7 @@ STACKS: dict[str, MemoryStack] = {
     stack.name: stack
     for stack in (
         MemoryStack(name="megatron", narrow_inputs=True),
+        MemoryStack(name="megatron-bridge", narrow_inputs=True, narrow_gradients=True),
         MemoryStack(name="megatron-2022", has_dropout=True),
         MemoryStack(
             name="deepspeed", keeps_narrow_gradients=True, fp32_partition_copies=1, bucket_elements=5e8, loss_bytes=12.0
@@ -110,9 +112,8 @@ ALIASES = {
     "torchtitan": "fsdp",
     "fsdp2": "fsdp",
     "maxtext": "xla",
-    "megatron-bridge": "megatron",
     "megatron-lm": "megatron",
-    "nemo": "megatron",
+    "nemo": "megatron-bridge",
     "megatron-deepspeed": "deepspeed",
     "trl": "huggingface",
     "peft": "huggingface",
@@ -134,6 +135,6 @@ def stack_named(name: str, layout: TrainingLayout) -> MemoryStack:
     """The stack called `name`, its release left out; an unknown or empty name gets the usual one for the layout."""
     plain = name.split("@")[0].strip().lower()
     found = STACKS.get(ALIASES.get(plain, plain))
-    if found is None or (found.name == "megatron" and layout.sharding in ("fsdp", "hsdp", "zero3")):
+    if found is None or (found.name.startswith("megatron") and layout.sharding in ("fsdp", "hsdp", "zero3")):
         return stack_for(layout)
     return found

@@ -79,7 +79,9 @@ def state_bytes(layout: TrainingLayout, stack: MemoryStack) -> StateBytes:
         return StateBytes(weights=2.0, gradients=2.0, optimizer=narrow)
     if stack.states == "fp32_shards" and layout.sharding in _SHARDED:
         return StateBytes(weights=4.0, gradients=4.0, optimizer=moments)
-    gradients = layout.grad_bytes + (2.0 if stack.keeps_narrow_gradients and layout.grad_bytes > 2 else 0.0)
+    gradients = min(layout.grad_bytes, 2 if stack.narrow_gradients else 4) + (
+        2.0 if stack.keeps_narrow_gradients and layout.grad_bytes > 2 else 0.0
+    )
     extra = 4.0 * stack.fp32_partition_copies if layout.sharding != "none" else 0.0
     return StateBytes(weights=2.0, gradients=gradients, optimizer=4.0 + moments, extra_sharded=extra)
 
