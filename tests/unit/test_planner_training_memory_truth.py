@@ -8,8 +8,10 @@ import pytest
 
 from head.planner.calibration import memory_fit
 from head.planner.calibration.memory_analytic import analytic, sharded_bytes_per_param
+from head.planner.calibration.memory_near import explained_memory, nearest_rows
 from head.planner.calibration.memory_rows import answer, decode_rows, encode_rows, shipped_rows
 from head.planner.calibration.memory_truth import Unusable, known_models, row_of
+from head.planner.hardware.topology import topology_of_preset
 from head.planner.training.layout import TrainingLayout
 from head.planner.training.memory import constants
 from head.planner.training.memory_layers import copies_per_layer
@@ -135,3 +137,24 @@ def test_a_row_that_is_no_question_says_why() -> None:
         row_of({"id": "x", "kind": "layer_time_ms", "conditions": {}, "expected": {}})
     with pytest.raises(Unusable, match="contradicts"):
         row_of({"id": "x", "kind": "peak_training_memory", "usable": False, "conditions": {}, "expected": {}})
+
+
+def test_a_measured_run_is_its_own_nearest_row() -> None:
+    """Asking about a row's configuration gives rows of the same program and model, the nearest at distance 0."""
+    row = next(row for row in ROWS if row.stack == "fsdp" and row.layout.pp > 1)
+    near = nearest_rows(row.architecture, row.layout, row.stack, 3)
+    assert len(near) == 3
+    assert near[0].distance == 0
+    assert [one.distance for one in near] == sorted(one.distance for one in near)
+    assert near[0].measured > 0
+    assert near[0].predicted == pytest.approx(near[0].measured, rel=0.3)
+
+
+def test_an_answer_carries_its_calibration_and_near_rows() -> None:
+    """A total names the rows it was fitted to, its convention, and the nearest of them."""
+    row = ROWS[0]
+    topology = topology_of_preset(row.accelerator, row.layout.gpus)
+    found = explained_memory(row.architecture, topology, row.layout, stack=row.stack)
+    assert found.total.near
+    assert "published training peaks" in found.total.calibration
+    assert found.total.convention

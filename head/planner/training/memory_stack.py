@@ -109,6 +109,9 @@ STACKS: dict[str, MemoryStack] = {
 # Other names of the same programs.
 ALIASES = {
     "mosaic": "llm-foundry",
+    "mosaicml": "llm-foundry",
+    "composer": "llm-foundry",
+    "lightning": "litgpt",
     "torchtitan": "fsdp",
     "fsdp2": "fsdp",
     "maxtext": "xla",
