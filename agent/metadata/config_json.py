@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from agent.metadata.dimensions import dimensions
 from agent.metadata.limits import JSON_BYTES, NUMBER, TEMPLATE_CHARS, BadFile
 
 _NUMBERS = {
@@ -53,6 +54,8 @@ def _from_config(config: dict[str, Any]) -> dict[str, Any]:
     quantisation = config.get("quantization_config")
     if isinstance(quantisation, dict):
         detected["quantisation"] = _quantisation(quantisation)
+    if "hidden" in detected and (kept := dimensions(layered)):
+        detected["config"] = kept
     return detected
 
 

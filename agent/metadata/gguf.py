@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from agent.metadata import dimensions
 from agent.metadata.limits import (
     GGUF_ARRAY_DEPTH,
     GGUF_ARRAY_ITEMS,
@@ -165,6 +166,8 @@ def _pairs(pairs: dict[str, Any]) -> dict[str, Any]:
             value = max((item for item in value if isinstance(item, int)), default=None)  # differs by layer
         if isinstance(value, int) and not isinstance(value, bool) and 0 < value < NUMBER:
             detected[key] = value
+    if isinstance(architecture, str) and (kept := dimensions.pairs(pairs, architecture)):
+        detected["gguf"] = kept
     tokens = pairs.get("tokenizer.ggml.tokens")
     if isinstance(tokens, Skipped | list):
         detected.setdefault("vocab", tokens.count if isinstance(tokens, Skipped) else len(tokens))

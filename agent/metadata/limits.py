@@ -13,6 +13,9 @@ GGUF_STRING_BYTES = 16 << 20
 GGUF_ARRAY_ITEMS = 4_000_000  # largest vocabularies are about 0.3 million
 GGUF_ARRAY_DEPTH = 2
 TEMPLATE_CHARS = 16_384
+CONFIG_BYTES = 16_384  # of a model's dimensions, kept with it
+CONFIG_ITEMS = 512  # layers of a list of one entry each
+CONFIG_TEXT_CHARS = 512
 NUMBER = 1 << 53
 
 

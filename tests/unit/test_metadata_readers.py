@@ -71,7 +71,9 @@ def test_sharded_safetensors_with_config(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ x }}"}))
     format_name, detected = inspect(tmp_path)
+    kept = detected.pop("config")
     assert format_name == "safetensors"
+    assert kept == {key: value for key, value in config.items() if key != "architectures"}
     assert detected == {
         "architecture": "LlamaForCausalLM", "parameters": 35, "parameters_by_dtype": {"BF16": 32, "F32": 3},
         "layers": 30, "heads": 9, "kv_heads": 3, "hidden": 576, "context": 8192, "vocab": 49152, "dtype": "bfloat16",
@@ -82,7 +84,11 @@ def test_sharded_safetensors_with_config(tmp_path: Path) -> None:
 def test_gguf(tmp_path: Path) -> None:
     """A GGUF header gives architecture, sizes, quantisation, vocabulary and template."""
     (tmp_path / "m.gguf").write_bytes(GOOD_GGUF)
-    assert inspect(tmp_path) == (
+    format_name, detected = inspect(tmp_path)
+    kept = detected.pop("gguf")
+    assert (kept["general.architecture"], kept["llama.block_count"]) == ("llama", 2)
+    assert all(key.startswith("llama.") for key in kept if key != "general.architecture")
+    assert (format_name, detected) == (
         "gguf",
         {
             "architecture": "llama", "layers": 2, "heads": 4, "kv_heads": 2, "hidden": 64, "context": 2_048,

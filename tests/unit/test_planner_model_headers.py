@@ -168,3 +168,22 @@ def test_registered_models() -> None:
     assert solved.groups[0].feed_forward.width == 512
     with pytest.raises(InvalidValue):
         architecture_of_registered({"detected": {"layers": 3}})
+
+
+def test_a_registered_gguf_model_is_tied_when_its_parameters_say_so() -> None:
+    """GGUF pairs do not say whether the head is the embedding: the parameter count decides."""
+    pairs = {
+        "general.architecture": "llama",
+        "llama.block_count": 3,
+        "llama.embedding_length": 256,
+        "llama.feed_forward_length": 512,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+    }
+    untied = count(architecture_of_config(_CONFIG)).total
+    for parameters, is_tied in ((untied, False), (untied - 256_000, True)):
+        detected = {"gguf": pairs, "vocab": 1_000, "parameters": parameters, "quantisation": "Q4_K_M"}
+        architecture = architecture_of_registered({"detected": detected})
+        assert architecture.is_tied is is_tied
+        assert count(architecture).total == parameters
+        assert architecture.quantisation == "q4_k_m"

@@ -213,11 +213,38 @@ def architecture_of_registered(metadata: Mapping[str, Any], name: str = "") -> A
     if not isinstance(detected, Mapping):
         raise InvalidValue("the model's metadata is not an object", field="metadata")
     config = detected.get("config")
-    architecture = architecture_of_config(config, name) if isinstance(config, Mapping) else _of_few(detected, name)
+    pairs = detected.get("gguf")
+    if isinstance(config, Mapping):
+        architecture = _of_stored(config, detected, name)
+    elif isinstance(pairs, Mapping):
+        vocab = {f"{pairs.get('general.architecture')}.vocab_size": detected.get("vocab")}
+        architecture = architecture_of_gguf({**vocab, **pairs}, name=name)
+        architecture = _tied_by_count(architecture, detected.get("parameters"))
+    else:
+        architecture = _of_few(detected, name)
     quantisation = str(detected.get("quantisation") or "").lower()[:40]
     return msgspec.structs.replace(
         architecture, quantisation=architecture.quantisation or quantisation, source="registered"
     )
+
+
+def _of_stored(config: Mapping[str, Any], detected: Mapping[str, Any], name: str) -> Architecture:
+    """The stored configuration; the few dimensions beside it where its form was too large to be kept."""
+    try:
+        return architecture_of_config(config, name)
+    except InvalidValue:
+        if detected.get("parameters") is None:
+            raise
+        return _of_few(detected, name)
+
+
+def _tied_by_count(architecture: Architecture, parameters: Any) -> Architecture:
+    """A GGUF file's pairs do not say whether the head is the embedding; the count of its parameters does."""
+    tied = msgspec.structs.replace(architecture, is_tied=True)
+    untied = msgspec.structs.replace(architecture, is_tied=False)
+    if not isinstance(parameters, int) or isinstance(parameters, bool):
+        return architecture
+    return min(tied, untied, key=lambda form: abs(count(form).total - parameters))
 
 
 def _of_few(detected: Mapping[str, Any], name: str) -> Architecture:
