@@ -18,16 +18,21 @@ from head.planner.model.architecture import Architecture
 from head.planner.model.parameters import count
 from head.planner.training.layout import TrainingLayout
 from head.planner.training.memory import TrainingMemory, estimate_memory
-from head.planner.training.memory_stack import stack_for, stack_named
+from head.planner.training.memory_stack import MemoryStack, program_of
 
 Position = tuple[float, ...]
 
 
 def explained_memory(
-    arch: Architecture, topology: Topology, layout: TrainingLayout, *, stack: str = "", rows: int = 3
+    arch: Architecture,
+    topology: Topology,
+    layout: TrainingLayout,
+    *,
+    stack: MemoryStack | str | None = None,
+    rows: int = 3,
 ) -> TrainingMemory:
     """`estimate_memory` with the nearest measured rows in its total."""
-    program = stack_named(stack, layout) if stack else stack_for(layout)
+    program = program_of(stack, layout)
     found = estimate_memory(arch, topology, layout, stack=program)
     near = nearest_rows(arch, layout, program.name, rows)
     return msgspec.structs.replace(found, total=msgspec.structs.replace(found.total, near=near))

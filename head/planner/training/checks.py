@@ -39,7 +39,7 @@ def check_layout(
     topology: Topology,
     layout: TrainingLayout,
     *,
-    stack: MemoryStack | None = None,
+    stack: MemoryStack | str | None = None,
     memory: TrainingMemory | None = None,
 ) -> list[Check]:
     """Every check of `layout`, structure first and memory last. `memory` spares its computation when it is known."""

@@ -21,7 +21,7 @@ from head.planner.hardware.topology import Topology
 from head.planner.model.architecture import Architecture
 from head.planner.training.layout import Recompute, TrainingLayout
 from head.planner.training.memory_layers import ModelFacts, expert_tensor_ways, model_facts
-from head.planner.training.memory_stack import Measure, MemoryStack, stack_for
+from head.planner.training.memory_stack import Measure, MemoryStack, program_of
 from head.planner.training.memory_stages import Stage, StageActivations, stage_activations, stages
 from head.planner.training.memory_states import States, frozen_states, states_of
 
@@ -115,11 +115,14 @@ def estimate_memory(
     topology: Topology,
     layout: TrainingLayout,
     *,
-    stack: MemoryStack | None = None,
+    stack: MemoryStack | str | None = None,
     fitted: MemoryConstants | None = None,
 ) -> TrainingMemory:
-    """Peak memory of one step on the most loaded GPU, in bytes, against what the device shows a process."""
-    stack, fitted = stack or stack_for(layout), fitted or constants()
+    """Peak memory of one step on the most loaded GPU, in bytes, against what the device shows a process.
+
+    stack: the program, by name or as facts; the usual one for the layout when it is not given or not known.
+    """
+    stack, fitted = program_of(stack, layout), fitted or constants()
     parts, stage, peak, host = peak_parts(arch, layout, stack, fitted, topology.gpus_per_node)
     capacity = float(topology.accelerator.visible_bytes)
     sigma = fitted.sigma_unseen
@@ -147,7 +150,7 @@ def estimate_memory(
 
 
 def with_least_recompute(
-    arch: Architecture, topology: Topology, layout: TrainingLayout, *, stack: MemoryStack | None = None
+    arch: Architecture, topology: Topology, layout: TrainingLayout, *, stack: MemoryStack | str | None = None
 ) -> TrainingLayout:
     """`layout` with the least recomputation that may fit, for questions that leave it open; full when none does."""
     choices: tuple[Recompute, ...] = ("none", "selective", "full")

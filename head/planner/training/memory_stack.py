@@ -134,6 +134,13 @@ def stack_for(layout: TrainingLayout) -> MemoryStack:
     return STACKS["deepspeed" if layout.sharding == "zero2" else "megatron"]
 
 
+def program_of(stack: MemoryStack | str | None, layout: TrainingLayout) -> MemoryStack:
+    """What `stack` means: facts as they are, a name looked up, nothing the usual program for the layout."""
+    if isinstance(stack, MemoryStack):
+        return stack
+    return stack_named(stack or "", layout)
+
+
 def stack_named(name: str, layout: TrainingLayout) -> MemoryStack:
     """The stack called `name`, its release left out; an unknown or empty name gets the usual one for the layout."""
     plain = name.split("@")[0].strip().lower()

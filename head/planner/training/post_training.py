@@ -24,7 +24,6 @@ from head.planner.serving.memory import kv_bytes_of_sequence, weights_bytes
 from head.planner.training import step_time
 from head.planner.training.layout import TrainingLayout
 from head.planner.training.memory import Verdict, estimate_memory, fit_probability, verdict_of
-from head.planner.training.memory_stack import stack_named
 from head.planner.training.memory_states import NF4_BYTES
 from head.planner.training.search import StepSeconds
 
@@ -167,7 +166,7 @@ def plan(
         models.append(_reference(arch, topology, trained, strategy, notes))
     if recipe.has_reward and has_reward_model is not False:
         models.append(_frozen("reward", reward or arch, trained, "full_gpu"))
-    actor = estimate_memory(arch, topology, trained, stack=stack_named(stack, trained) if stack else None)
+    actor = estimate_memory(arch, topology, trained, stack=stack)
     fixed = actor.parts.context + actor.parts.fragmentation
     phases: list[Phase] = []
     if recipe.generates:
@@ -182,7 +181,7 @@ def plan(
     phases.append(Phase(name="train_actor", seconds=epochs * timed(arch, topology, trained), working_bytes=working))
     if recipe.has_critic:
         other = critic or arch
-        parts = estimate_memory(other, topology, trained, stack=stack_named(stack, trained) if stack else None).parts
+        parts = estimate_memory(other, topology, trained, stack=stack).parts
         seconds = epochs * timed(other, topology, trained)
         phases.append(Phase(name="train_critic", seconds=seconds, working_bytes=parts.activations + parts.buffers))
     return _assembled(algorithm.lower(), strategy, models, phases, fixed, actor.capacity_bytes, topology, layout, notes)
@@ -240,7 +239,7 @@ def _assembled(
 
 
 def _trained(role: str, arch: Architecture, topology: Topology, layout: TrainingLayout, stack: str) -> ModelPlan:
-    memory = estimate_memory(arch, topology, layout, stack=stack_named(stack, layout) if stack else None)
+    memory = estimate_memory(arch, topology, layout, stack=stack)
     return ModelPlan(
         role=role,
         strategy=layout.tuning,

@@ -17,7 +17,6 @@ from head.planner.training import step_time
 from head.planner.training.checks import first_failure
 from head.planner.training.layout import TrainingLayout
 from head.planner.training.memory import Verdict, estimate_memory
-from head.planner.training.memory_stack import stack_named
 from head.planner.training.search import StepSeconds
 
 EFFICIENCY_FLOOR = 0.8
@@ -143,7 +142,7 @@ def _point(
     failed = first_failure(arch, where, layout)
     if failed is not None:
         return ScalingPoint(gpus=count, layout=layout, problem=failed.message)
-    memory = estimate_memory(arch, where, layout, stack=stack_named(stack, layout) if stack else None)
+    memory = estimate_memory(arch, where, layout, stack=stack)
     exchange = 0.0
     if step_seconds is None:
         timed = step_time.estimate(arch, where, layout, stack or "unknown")

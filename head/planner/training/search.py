@@ -20,7 +20,6 @@ from head.planner.training import step_time
 from head.planner.training.checks import first_failure, memory_check
 from head.planner.training.layout import TrainingLayout
 from head.planner.training.memory import TrainingMemory, estimate_memory
-from head.planner.training.memory_stack import MemoryStack, stack_named
 from head.planner.training.search_space import Space, layouts, suited
 
 Goal = Literal["throughput", "latency", "memory", "efficiency"]
@@ -203,7 +202,7 @@ class _Found(msgspec.Struct, kw_only=True):
         if not self.allow_uneven and slots % layout.pp:
             self._drop("pp_uneven", f"{arch.layers} layers do not divide into {layout.pp} equal stages", layout)
             return
-        memory = estimate_memory(arch, topology, layout, stack=_program(stack, layout))
+        memory = estimate_memory(arch, topology, layout, stack=stack)
         if memory.verdict == "does_not_fit":
             self._drop("memory_fit", memory_check(memory).message, layout)
             return
@@ -228,10 +227,6 @@ class _Found(msgspec.Struct, kw_only=True):
             self.dropped[reason] = Dropped(reason=reason, count=1, example=layout, message=message)
         else:
             self.dropped[reason] = msgspec.structs.replace(known, count=known.count + 1)
-
-
-def _program(stack: str, layout: TrainingLayout) -> MemoryStack | None:
-    return stack_named(stack, layout) if stack else None
 
 
 def _score(goal: Goal, seconds: float, tokens: float, cost: float, memory: TrainingMemory) -> float:
@@ -321,7 +316,7 @@ def _leanest(
     for layout in layouts(arch, topology, base, suited(arch, topology, base, lean)):
         if first_failure(arch, topology, layout) is not None:
             continue
-        memory = estimate_memory(arch, topology, layout, stack=_program(stack, layout))
+        memory = estimate_memory(arch, topology, layout, stack=stack)
         if best is None or memory.total.value < best[1].total.value:
             best = (layout, memory)
     return best if best is not None and best[1].verdict == "fits" else None
