@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from common.errors import HerderError, InvalidValue
 from head.planner.model.hf_config import architecture_of_config
 from head.planner.model.parameters import count
+from head.planner.model.weights import weight_bytes
 
 _LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -77,10 +78,36 @@ def test_an_unknown_family_is_read_by_its_fields() -> None:
     assert any("brand_new" in note for note in architecture.notes)
 
 
-def test_quantisation_is_kept() -> None:
-    """The quantisation that the configuration names is the architecture's."""
-    config = {**_LLAMA, "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    assert architecture_of_config(config).quantisation == "fp8_block"
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8_block"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "awq"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "gptq-g32"),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 128}, "int8"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4, "group_size": 32}}},
+            },
+            "int4-g32",
+        ),
+    ],
+)
+def test_quantisation_is_kept(config: dict[str, Any], expected: str) -> None:
+    """The quantisation that the configuration names is the architecture's, and weighs less than 16 bits."""
+    architecture = architecture_of_config({**_LLAMA, "quantization_config": config})
+    assert architecture.quantisation == expected
+    assert weight_bytes(architecture).total < 1.5 * count(architecture).total
+
+
+def test_an_unknown_quantisation_weighs_as_its_number_format() -> None:
+    """A new method in a configuration is no error; a format that a person asks for must exist."""
+    architecture = architecture_of_config({**_LLAMA, "quantization_config": {"quant_method": "brand_new"}})
+    assert weight_bytes(architecture).total == 2 * count(architecture).total
+    with pytest.raises(InvalidValue):
+        weight_bytes(architecture, dtype="brand_new")
 
 
 def test_layers_are_grouped_in_order_of_appearance() -> None:

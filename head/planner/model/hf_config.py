@@ -209,14 +209,38 @@ def _weights(fields: Fields) -> tuple[str, str, str]:
     value = fields.raw("torch_dtype") or fields.raw("dtype")
     text = value.removeprefix("torch.") if isinstance(value, str) else "bfloat16"
     dtype = _DTYPES.get(text, text[:40])
-    quantisation = fields.mapping("quantization_config") or {}
-    method = quantisation.get("quant_method") or quantisation.get("quant_algo")
-    named = str(method)[:40].lower() if method else ""
-    if named == "modelopt":
-        named = str(quantisation.get("quant_algo", named))[:40].lower()
-    if named == "fp8" and quantisation.get("weight_block_size"):
-        named = "fp8_block"
-    return named, dtype, ""
+    return _quantisation(fields.mapping("quantization_config") or {}), dtype, ""
+
+
+def _quantisation(config: Mapping[str, Any]) -> str:
+    """A quantisation's short name: fp8, fp8_block, awq, gptq-g64, int8, nvfp4, ...; empty for none."""
+    method = config.get("quant_method") or config.get("quant_algo")
+    name = str(method)[:40].lower() if method else ""
+    if name == "modelopt":
+        name = str(config.get("quant_algo", name))[:40].lower()
+    if name == "fp8" and config.get("weight_block_size"):
+        return "fp8_block"
+    bits, group = config.get("bits") or config.get("w_bit"), config.get("group_size") or config.get("q_group_size")
+    if name == "compressed-tensors":
+        name, bits, group = _compressed(config)
+    if name in ("awq", "gptq", "auto-round", "int4") and bits == 8:
+        return "int8"
+    if name in ("awq", "gptq", "auto-round", "int4") and isinstance(group, int) and 0 < group != 128:
+        return f"{name}-g{group}"
+    return name
+
+
+def _compressed(config: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """What the first group of a compressed-tensors configuration does with weights: name, bits, group size."""
+    groups = config.get("config_groups")
+    first = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
+    weights = first.get("weights") if isinstance(first, Mapping) else None
+    if not isinstance(weights, Mapping):
+        return "compressed-tensors", None, None
+    bits, group = weights.get("num_bits"), weights.get("group_size")
+    if weights.get("type") == "float":
+        return ("fp8", bits, group) if bits == 8 else ("nvfp4", bits, group)
+    return ("int8", bits, group) if bits == 8 else ("int4", bits, group)
 
 
 def deficits(config: Mapping[str, Any]) -> list[str]:

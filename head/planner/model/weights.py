@@ -34,7 +34,7 @@ _MIXES: dict[str, tuple[str, str, str, str, str]] = {
     "q2_k": ("q2_k", "q4_k", "q3_k", "q3_k", "q6_k"),
     "q2_k_s": ("q2_k", "q4_k", "q2_k", "q2_k", "q6_k"),
     "q3_k_s": ("q3_k", "q3_k", "q3_k", "q3_k", "q6_k"),
-    "q3_k_m": ("q3_k", "q4_k", "q4_k+", "q4_k", "q6_k"),
+    "q3_k_m": ("q3_k", "q4_k", "q4_k", "q4_k", "q6_k"),
     "q3_k_l": ("q3_k", "q5_k", "q5_k", "q5_k", "q6_k"),
     "q4_0": ("q4_0", "q4_0", "q4_0", "q4_0", "q6_k"),
     "q4_1": ("q4_1", "q4_1", "q4_1", "q4_1", "q6_k"),
@@ -116,6 +116,9 @@ def weight_bytes(architecture: Architecture, *, dtype: str = "", tp: int = 1, pp
 def storage_of(architecture: Architecture, dtype: str = "") -> Storage:
     """How the named format stores each part of this model."""
     name = (dtype or architecture.quantisation or architecture.weights_dtype).lower()
+    bits = re.fullmatch(r"(.+)-(\d)bit", name)
+    if bits:
+        name = bits[1] if bits[2] == "4" else f"int{bits[2]}"
     wide = architecture.weights_dtype if is_dtype(architecture.weights_dtype) else "bf16"
     plain = bytes_per_element(wide)
     if plain < 2:
@@ -152,6 +155,9 @@ def storage_of(architecture: Architecture, dtype: str = "") -> Storage:
         return _uniform(name, _NF4, plain, plain, plain)
     if base == "nf4_double":
         return _uniform(name, _NF4_DOUBLE, plain, plain, plain)
+    if not dtype:  # what a configuration names and nobody here knows: as the weights' own number format
+        own = bytes_per_element(architecture.weights_dtype) if is_dtype(architecture.weights_dtype) else plain
+        return _uniform(name, own, plain, plain, plain)
     raise InvalidValue(f"no weight format {name[:40]!r}", field="dtype", known=known_formats())
 
 
