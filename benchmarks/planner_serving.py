@@ -15,13 +15,12 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
 from head.planner.calibration import serving_fit as fitting
 from head.planner.calibration import serving_near as near
 from head.planner.calibration import serving_step as step
-from head.planner.serving.estimate import interval
 
 Outcome = fitting.Outcome
 DATA = Path(__file__).resolve().parent.parent / "head" / "planner" / "data"
@@ -35,10 +34,9 @@ def errors(logs: Iterable[float]) -> str:
         return "no rows"
     sizes = [abs(value) for value in found]
     inside = sum(size < 0.2 for size in sizes) / len(sizes)
-    return (
-        f"{len(found):5d} rows  MAPE {100 * statistics.fmean(sizes):5.1f} %"
-        f"  median {100 * statistics.median(sizes):5.1f} %  within 20 %: {100 * inside:3.0f} %  bias {100 * statistics.median(found):+5.1f} %"
-    )
+    mean, middle = 100 * statistics.fmean(sizes), 100 * statistics.median(sizes)
+    size = f"{len(found):5d} rows  MAPE {mean:5.1f} %  median {middle:5.1f} %"
+    return f"{size}  within 20 %: {100 * inside:3.0f} %  bias {100 * statistics.median(found):+5.1f} %"
 
 
 def shipped() -> None:
@@ -87,14 +85,17 @@ def validate(truth: Path, *, is_quick: bool, has_write: bool) -> None:
         report(outcomes[name])
     pooled = [outcome for found in outcomes.values() for outcome in found if outcome.row.mode in ("agg", "offline")]
     spread = {quantity: fitting.spreads(pooled, quantity) for quantity in ("tpot", "ttft")}
-    coverage(outcomes, spread)
+    table = [row for name, found in outcomes.items() for row in fitting.accuracy(name, found, spread)]
+    print("\nmeasured values inside the stated 80 % interval")
+    for row in table:
+        print(f"  {row.scheme:16s} {row.mode:8s} {row.quantity}: {100 * row.inside_80:.0f} % of {row.rows}")
     if has_write:
         source = {
             "title": "aiconfigurator-core 0.12.0 silicon_sample.csv; TensorRT-LLM perf-overview tables",
             "url": "pypi:aiconfigurator-core==0.12.0; github.com/NVIDIA/TensorRT-LLM",
             "license": "Apache-2.0",
         }
-        fitting.write(DATA, fitting.fit(rows), spread, source)
+        fitting.write(DATA, fitting.fit(rows), spread, source, table)
         sizes = [(DATA / name).stat().st_size for name in ("serving_constants.json", "serving_rows.json.gz")]
         print(f"\nwrote serving_constants.json ({sizes[0]} bytes), serving_rows.json.gz ({sizes[1]} bytes)")
 
@@ -117,26 +118,6 @@ def report(found: Sequence[Outcome]) -> None:
         print(f"    {'':26s} TTFT {errors(o.ttft for o in part if o.ttft is not None)}")
     for model in sorted({o.row.model for o in mine}):
         print(f"    {model[-26:]:26s} TPOT {errors(o.tpot for o in mine if o.row.model == model)}")
-
-
-def coverage(outcomes: Mapping[str, Sequence[Outcome]], spread: dict[str, list[tuple[float, float, float]]]) -> None:
-    """Share of measured values inside the stated 80 % intervals."""
-    constants = step.Constants(
-        multipliers=step.Multipliers(common=tuple(0.0 for _ in step.NAMES)), ttft={}, spread=spread
-    )
-    print("\nmeasured values inside the stated 80 % interval (aggregated rows)")
-    for name, found in outcomes.items():
-        for quantity in ("tpot", "ttft"):
-            inside = total = 0
-            for outcome in found:
-                value = getattr(outcome, quantity)
-                if value is None or outcome.row.mode != "agg":
-                    continue
-                low, high = interval(constants, quantity, outcome.similarity)
-                inside += low <= -value <= high
-                total += 1
-            if total:
-                print(f"  {name:16s} {quantity}: {100 * inside / total:.0f} % of {total}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-NOISE_SD = 0.06  # repeated measurements differ by a few percent
+NOISE_SD = 0.03  # of repeated measurements, most of them; those that differ more lose weight
 SIGMA = 0.12  # of the physics' residuals; beyond ROBUST they count linearly
 ROBUST = 0.25
 GROUP_SD = {"format": 0.3, "generation": 0.15, "mode": 0.5}
@@ -463,11 +464,51 @@ def spreads(outcomes: Sequence[Outcome], quantity: str) -> list[tuple[float, flo
     return found
 
 
+def accuracy(
+    scheme: str, outcomes: Sequence[Outcome], spread: dict[str, list[tuple[float, float, float]]]
+) -> list[step.Accuracy]:
+    """The errors of one scheme, by mode and quantity."""
+    found = []
+    for mode in sorted({o.row.mode for o in outcomes}):
+        for quantity in ("tpot", "ttft"):
+            logs = [
+                (o.similarity, v) for o in outcomes if o.row.mode == mode and (v := getattr(o, quantity)) is not None
+            ]
+            if not logs:
+                continue
+            errors = [math.expm1(value) for _, value in logs]
+            sizes = [abs(error) for error in errors]
+            inside = 0
+            for similarity, value in logs:
+                low, high = step.interval(spread, quantity, similarity)
+                inside += low <= -value <= high
+            found.append(
+                step.Accuracy(
+                    scheme=scheme,
+                    mode=mode,
+                    quantity=quantity,
+                    rows=len(sizes),
+                    mape=round(statistics.fmean(sizes), 4),
+                    median=round(statistics.median(sizes), 4),
+                    within_20=round(sum(size < 0.2 for size in sizes) / len(sizes), 4),
+                    bias=round(statistics.median(errors), 4),
+                    inside_80=round(inside / len(sizes), 4),
+                )
+            )
+    return found
+
+
 def write(
-    folder: Path, fitted: Fitted, spread: dict[str, list[tuple[float, float, float]]], source: dict[str, str]
+    folder: Path,
+    fitted: Fitted,
+    spread: dict[str, list[tuple[float, float, float]]],
+    source: dict[str, str],
+    errors: Sequence[step.Accuracy],
 ) -> None:
     """Writes serving_constants.json and serving_rows.json.gz into `folder`."""
-    constants = step.Constants(multipliers=fitted.multipliers, ttft=fitted.ttft, spread=spread, provenance=source)
+    constants = step.Constants(
+        multipliers=fitted.multipliers, ttft=fitted.ttft, spread=spread, provenance=source, accuracy=tuple(errors)
+    )
     (folder / "serving_constants.json").write_bytes(msgspec.json.encode(constants) + b"\n")
     curves: dict[near.Block, list[near.Point]] = {}
     for block, point in fitted.points:

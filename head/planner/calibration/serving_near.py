@@ -24,11 +24,11 @@ from head.planner.serving.engine_step import ServingLayout
 # neighbourhood; lengths in natural logarithms (dimensions, load) and doublings (degrees). Chosen by leaving out whole
 # models and whole curves; the errors are flat around them.
 STACK_SD = 0.15
-LOCAL_SD = 0.2
+LOCAL_SD = 0.25
 DIMENSIONS_LENGTH = 0.8
 DEGREES_LENGTH = 2.0
-SEQUENCES_LENGTH = 3.0
-LENGTHS_LENGTH = 3.0
+SEQUENCES_LENGTH = 4.0
+LENGTHS_LENGTH = 4.0
 OTHER_BACKEND = 0.3
 OTHER_FORMAT = 0.6
 OTHER_VERSION = 0.6

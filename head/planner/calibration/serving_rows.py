@@ -122,7 +122,10 @@ def question_of(row: Mapping[str, Any]) -> ServingRow:
 
 
 def offline_question_of(row: Mapping[str, Any]) -> ServingRow:
-    """A row of an offline maximum-throughput table; tpot_s then holds GPU-seconds for each output token."""
+    """A row of an offline maximum-throughput table; tpot_s then holds GPU-seconds for each output token.
+
+    The tables say how attention is split; experts are read as spread over the same ranks.
+    """
     c = row["conditions"]
     parallel = str(c["parallel"])
     degrees = {key: int(value) for key, value in re.findall(r"(DEP|TEP|TP|PP|EP)(\d+)", parallel)}
@@ -130,7 +133,7 @@ def offline_question_of(row: Mapping[str, Any]) -> ServingRow:
         layout = ServingLayout(dp=wide, ep=wide)
     else:
         tp = degrees.get("TP", degrees.get("TEP", 1))
-        layout = ServingLayout(tp=tp, pp=degrees.get("PP", 1), ep=degrees.get("EP", degrees.get("TEP", 1)))
+        layout = ServingLayout(tp=tp, pp=degrees.get("PP", 1), ep=tp if lookup(str(c["model"])).is_moe else 1)
     return ServingRow(
         id=str(row["id"]),
         source=str(row["source"]["title"]),

@@ -96,6 +96,20 @@ class Multipliers(msgspec.Struct, frozen=True, kw_only=True):
     modes: tuple[tuple[str, tuple[float, ...]], ...] = ()  # offline: nothing waits for a client
 
 
+class Accuracy(msgspec.Struct, frozen=True, kw_only=True):
+    """Out-of-sample errors of one group of rows, shares of one. scheme: what the fits had not seen."""
+
+    scheme: str
+    mode: str
+    quantity: str
+    rows: int
+    mape: float
+    median: float
+    within_20: float
+    bias: float
+    inside_80: float  # share of measured values inside the stated 80 % interval
+
+
 class Constants(msgspec.Struct, frozen=True, kw_only=True):
     """What the fit wrote: data/serving_constants.json."""
 
@@ -103,6 +117,7 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     ttft: dict[str, tuple[float, ...]]  # factors by mode and backend ("agg/vllm"; "agg" and "disagg" for any other)
     spread: dict[str, list[tuple[float, float, float]]]  # by quantity: similarity at least, low and high log quantiles
     provenance: dict[str, str] = {}
+    accuracy: tuple[Accuracy, ...] = ()
 
 
 def first_guess(index: int) -> float:
@@ -242,6 +257,15 @@ def floor_s(values: tuple[float, ...]) -> float:
     computed = v["dense_flop"] + v["expert_flop"] + v["attention_flop"]
     prompt = v["prompt_dense_flop"] + v["prompt_expert_flop"] + v["prompt_attention_flop"]
     return max(moved, computed + prompt, prompt)
+
+
+def interval(spread: dict[str, list[tuple[float, float, float]]], name: str, similarity: float) -> tuple[float, float]:
+    """Logarithms of the 80 % interval's bounds over the value, at this nearness to measured points."""
+    rows = spread.get(name) or [(0.0, -0.7, 0.7)]
+    for least, low, high in rows:
+        if similarity >= least:
+            return low, high
+    return rows[-1][1], rows[-1][2]
 
 
 @cache

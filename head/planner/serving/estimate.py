@@ -42,6 +42,7 @@ TPOT_CONVENTION = "mean time between a request's tokens after the first: (E2E - 
 TTFT_CONVENTION = "from sending to the first token, waiting for a place in the batch included"
 CALIBRATION = "serving points of vLLM, SGLang and TensorRT-LLM, 2025-08 to 2026-04; 80 % interval from cross-validation"
 TOKENS_LIMIT = 10_000_000
+SLOTS_AT_MOST = 2048  # sequences of one attention group that engines are set to at most
 SEQUENCES_LIMIT = 1_000_000
 
 
@@ -228,7 +229,7 @@ def _point(q: _Question, offered: float, *, has_near: bool, correction: near.Nea
     engines = plan.decode_workers if plan else 1
     mine = max(offered / engines, 1.0)
     limit = q.limit or mine
-    slots = float(settings.memory.max_num_seqs * settings.layout.dp)
+    slots = float(settings.memory.max_num_seqs * settings.layout.dp) or mine
     sequences = max(1.0, min(mine, limit, slots))
     speculative = settings.speculative
     drafted = speculative.drafted if speculative else 0
@@ -299,7 +300,7 @@ def _prefill(q: _Question, offered: float, sequences: float) -> tuple[float, flo
 def _solve(q: _Question, *, has_near: bool) -> _Point:
     """The load's point: at a concurrency, or at the concurrency that a request rate brings about."""
     workload = q.workload
-    slots = float(q.settings.memory.max_num_seqs * q.settings.layout.dp)
+    slots = float((q.settings.memory.max_num_seqs or SLOTS_AT_MOST) * q.settings.layout.dp)
     engines = q.settings.disaggregated.decode_workers if q.settings.disaggregated else 1
     most = min(q.limit or slots, slots) * engines
     if workload.request_rate <= 0:
@@ -428,7 +429,7 @@ def _quantity(
     *,
     least: float = 0.0,
 ) -> Quantity:
-    low, high = interval(q.constants, name, found.similarity)
+    low, high = step.interval(q.constants.spread, name, found.similarity)
     rows: tuple[NearRow, ...] = near.near_rows(found, name)
     return Quantity(
         value=value,
@@ -439,15 +440,6 @@ def _quantity(
         calibration=CALIBRATION,
         near=rows,
     )
-
-
-def interval(constants: step.Constants, name: str, similarity: float) -> tuple[float, float]:
-    """Logarithms of the 80 % interval's bounds over the value, at this nearness to measured points."""
-    rows = constants.spread.get(name) or [(0.0, -0.7, 0.7)]
-    for least, low, high in rows:
-        if similarity >= least:
-            return low, high
-    return rows[-1][1], rows[-1][2]
 
 
 def _notes(q: _Question, point: _Point, budget: float, is_saturated: bool) -> tuple[str, ...]:

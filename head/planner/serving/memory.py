@@ -30,6 +30,7 @@ COMMUNICATOR_BYTES = 0.4 * GIB
 GRAPH_BYTES_PER_LAYER = 8 * (1 << 20)
 # Widths of temporary tensors alive at once in one layer, in units of 2-byte elements a token.
 ACTIVATION_COPIES = 4.0
+USUAL_SEQUENCES = 256  # sampled at once in the profiling run when nothing is set
 LOGITS_BYTES = 6.0  # a 16-bit and a 32-bit copy for each vocabulary entry of each sampled sequence
 
 
@@ -162,10 +163,11 @@ def overhead_bytes(layout: ServingLayout, *, is_large_gpu: bool) -> float:
 
 class MemorySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What engines let one choose. `utilization`: vLLM's gpu_memory_utilization, SGLang's mem_fraction_static,
-    TensorRT-LLM's free_gpu_memory_fraction; 0: the engine's default."""
+    TensorRT-LLM's free_gpu_memory_fraction; 0: the engine's default. `max_num_seqs`, of one attention group; 0: what
+    the load asks for."""
 
     utilization: float = 0.0
-    max_num_seqs: int = 256
+    max_num_seqs: int = 0
     max_num_batched_tokens: int = 8192
     max_model_len: int = 0  # tokens; 0: what the workload needs
     block_tokens: int = 16
@@ -194,7 +196,7 @@ def kv_budget_bytes(
     utilization = settings.utilization or _DEFAULT_UTILIZATION[backend]
     weights = weights_bytes(arch, layout, precision)
     peak = activation_peak_bytes(
-        arch, layout, batched_tokens=settings.max_num_batched_tokens, sequences=settings.max_num_seqs
+        arch, layout, batched_tokens=settings.max_num_batched_tokens, sequences=settings.max_num_seqs or USUAL_SEQUENCES
     )
     graphs = GRAPH_BYTES_PER_LAYER * arch.layers / layout.pp if settings.has_cuda_graphs else 0.0
     context = overhead_bytes(layout, is_large_gpu=visible_bytes > 70 * GIB)
