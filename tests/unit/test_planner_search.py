@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import NothingFits
+from head.planner.hardware.accelerators import accelerator
 from head.planner.hardware.topology import Topology, topology_of_preset
 from head.planner.model.architecture import Architecture
 from head.planner.model.presets import lookup
@@ -130,7 +131,11 @@ def test_when_nothing_fits_remedies_do() -> None:
     names = {remedy.name for remedy in result.remedies}
     assert {"lora", "qlora", "more_gpus", "offload_all"} <= names
     for remedy in result.remedies:
-        assert is_valid(check_layout(LARGE, NODE.with_gpus(remedy.gpus), remedy.layout)), remedy.name
+        where = NODE.with_gpus(remedy.gpus)
+        if remedy.name == "larger_gpu":
+            where = msgspec.structs.replace(where, accelerator=accelerator(remedy.message.split()[2]))
+        assert is_valid(check_layout(LARGE, where, remedy.layout)), remedy.name
+        assert remedy.total_bytes < where.accelerator.visible_bytes
     more = next(remedy for remedy in result.remedies if remedy.name == "more_gpus")
     assert found(LARGE, NODE.with_gpus(more.gpus), msgspec.structs.replace(base, global_batch=64)).choices
 

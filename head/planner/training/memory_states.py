@@ -77,7 +77,7 @@ def state_bytes(layout: TrainingLayout, stack: MemoryStack) -> StateBytes:
         # moments take the weights' type
         narrow = moments / 2 if moments in (4.0, 8.0) and layout.optimizer != "adamw_bf16" else moments
         return StateBytes(weights=2.0, gradients=2.0, optimizer=narrow)
-    if stack.states == "fp32_shards" and layout.sharding in _SHARDED:
+    if stack.states == "fp32_shards":  # also unsharded: autocast casts fp32 weights as they are used
         return StateBytes(weights=4.0, gradients=4.0, optimizer=moments)
     gradients = min(layout.grad_bytes, 2 if stack.narrow_gradients else 4) + (
         2.0 if stack.keeps_narrow_gradients and layout.grad_bytes > 2 else 0.0

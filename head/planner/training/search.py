@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from common.errors import NothingFits
-from head.planner.hardware.accelerators import GIB
+from head.planner.hardware.accelerators import GIB, all_accelerators
 from head.planner.hardware.topology import Topology
 from head.planner.model.architecture import Architecture
 from head.planner.training import step_time
@@ -175,7 +175,8 @@ def remedies(arch: Architecture, topology: Topology, base: TrainingLayout, *, st
         if best is not None:
             found.append(_remedy("more_gpus", f"use {more.gpus} GPUs instead of {topology.gpus}", best, more.gpus))
             break
-    return tuple(found)
+    larger = _larger_card(arch, topology, base, stack)
+    return (*found, larger) if larger is not None else tuple(found)
 
 
 class _Found(msgspec.Struct, kw_only=True):
@@ -298,13 +299,39 @@ def _changes(base: TrainingLayout) -> list[tuple[str, str, TrainingLayout]]:
     if base.seq > 1024:
         half = base.seq // 2
         found.append(("shorter_sequence", f"sequences of {half} tokens", replace(base, seq=half)))
+        small = replace(base, seq=1024, tuning="qlora")
+        found.append(("qlora_short", "QLoRA with sequences of 1,024 tokens", small))
     return found
+
+
+def _larger_card(arch: Architecture, topology: Topology, base: TrainingLayout, stack: str) -> Remedy | None:
+    """The smallest known card on as many of which the question itself fits."""
+    best = _least(arch, topology, base, stack)
+    if best is None:
+        return None
+    layout, memory = best
+    for device in sorted(all_accelerators(), key=lambda one: (one.visible_bytes, one.name)):
+        if device.visible_bytes <= topology.accelerator.visible_bytes:
+            continue
+        there = estimate_memory(arch, msgspec.structs.replace(topology, accelerator=device), layout, stack=stack)
+        if there.verdict == "fits":
+            words = f"{topology.gpus} x {device.name} instead of {topology.accelerator.name}"
+            return _remedy("larger_gpu", words, (layout, there), topology.gpus)
+    return None
 
 
 def _leanest(
     arch: Architecture, topology: Topology, base: TrainingLayout, stack: str
 ) -> tuple[TrainingLayout, TrainingMemory] | None:
-    """The sound layout that needs least memory, if that fits: micro-batch 1, everything recomputed and sharded."""
+    """The layout that needs least memory, if that fits."""
+    best = _least(arch, topology, base, stack)
+    return best if best is not None and best[1].verdict == "fits" else None
+
+
+def _least(
+    arch: Architecture, topology: Topology, base: TrainingLayout, stack: str
+) -> tuple[TrainingLayout, TrainingMemory] | None:
+    """The sound layout that needs least memory: micro-batch 1, everything recomputed and sharded."""
     lean = Space(
         micro_batches=(1,),
         recomputes=("full",),
@@ -319,7 +346,7 @@ def _leanest(
         memory = estimate_memory(arch, topology, layout, stack=stack)
         if best is None or memory.total.value < best[1].total.value:
             best = (layout, memory)
-    return best if best is not None and best[1].verdict == "fits" else None
+    return best
 
 
 def _remedy(name: str, message: str, best: tuple[TrainingLayout, TrainingMemory], gpus: int) -> Remedy:
