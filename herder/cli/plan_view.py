@@ -124,7 +124,7 @@ def _rows(rows: Sequence[Mapping[str, Any]], options: Globals, width: int, depth
             Column(
                 _title(name).upper(),
                 is_number=all(isinstance(row.get(name, 0), int | float | Mapping) for row in flat),
-                shrinks_to=12,
+                shrinks_to=24 if position == 0 else 0,
                 rank=position if position > 1 else 0,
             )
             for position, name in enumerate(names)

@@ -207,7 +207,7 @@ def _variants(topology: Topology, layout: TrainingLayout) -> list[tuple[str, str
         found.append(("nvfp4 products", "high", "Transformer Engine", replace(layout, precision="nvfp4")))
     for kind in ("none", "selective", "full"):
         if kind != layout.recompute:
-            found.append((f"recomputation: {kind}", "low", "activation checkpointing", replace(layout, recompute=kind)))  # type: ignore[arg-type]
+            found.append((f"recomputation: {kind}", "low", "activation checkpointing", replace(layout, recompute=kind)))
     if layout.optimizer == "adamw":
         found.append(
             ("8-bit optimizer states", "low", "bitsandbytes, torchao", replace(layout, optimizer="adamw_8bit"))
@@ -218,7 +218,7 @@ def _variants(topology: Topology, layout: TrainingLayout) -> list[tuple[str, str
         )
     for kind in ("zero1", "fsdp"):
         if kind != layout.sharding and layout.dp > 1:
-            found.append((f"sharding: {kind}", "medium", "ZeRO or FSDP", replace(layout, sharding=kind)))  # type: ignore[arg-type]
+            found.append((f"sharding: {kind}", "medium", "ZeRO or FSDP", replace(layout, sharding=kind)))
     return found
 
 

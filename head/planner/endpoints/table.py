@@ -8,6 +8,7 @@ from head.planner.endpoints import (
     optimizing,
     recommending,
     scaling,
+    serving,
     special,
     training_memory,
     training_time,
@@ -21,6 +22,7 @@ ENDPOINTS = (
     *optimizing.ENDPOINTS,
     *scaling.ENDPOINTS,
     *special.ENDPOINTS,
+    *serving.ENDPOINTS,
     *exporting.ENDPOINTS,
 )
 BY_PATH = {endpoint.path: endpoint for endpoint in ENDPOINTS}

@@ -1,0 +1,619 @@
+"""Serving a model: inference, vllm, and recommend without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from head.planner.calibration.quantity import Quantity
+from head.planner.endpoints.about import ArchitectureView, architecture_view
+from head.planner.endpoints.base import Answer, Endpoint
+from head.planner.endpoints.layout_search import TopologySummary, topology_summary
+from head.planner.endpoints.layouts import GB
+from head.planner.endpoints.questions import Desk, PlacedQuestion, Tokens, architecture_for, topology_for
+from head.planner.hardware.topology import Topology
+from head.planner.model.architecture import Architecture
+from head.planner.model.parameters import count
+from head.planner.serving.batching import LoadPoint
+from head.planner.serving.engine_flags import EngineCommand, ServingSettings, engine_command
+from head.planner.serving.estimate import ServingEstimate, Workload
+from head.planner.serving.search import (
+    Choice,
+    SearchResult,
+    SearchSpace,
+    Slo,
+    largest_load,
+    load_curve,
+    search_serving,
+)
+from head.planner.serving.speculative import Speculative
+
+if TYPE_CHECKING:
+    from head.planner.endpoints.recommending import RecommendQuestion
+
+_ENGINES = {"vllm": "vllm", "sglang": "sglang", "trtllm": "tensorrt_llm", "llamacpp": "llamacpp"}
+_CURVE_REQUESTS = 200
+_SHOWN = 8
+
+
+class ServingQuestion(PlacedQuestion, frozen=True, kw_only=True):
+    """What is served to whom."""
+
+    batch_size: Annotated[
+        int, Meta(ge=1, le=1 << 20, description="Requests in flight, unless request_rate is given.")
+    ] = 1
+    seq_length: Annotated[Tokens, Meta(description="Tokens of a prompt.")] = 2048
+    max_output_length: Annotated[Tokens, Meta(description="Tokens of an answer.")] = 512
+    request_rate: Annotated[float, Meta(ge=0, le=1e6, description="Requests per second; 0: batch_size in flight.")] = (
+        0.0
+    )
+    prefix_hit: Annotated[float, Meta(ge=0, le=1, description="Share of prompts found in the prefix cache.")] = 0.0
+    latency_target_ms: Annotated[float, Meta(ge=0, le=1e9, description="Limit on the time between tokens.")] | None = (
+        None
+    )
+    ttft_target_ms: Annotated[float, Meta(ge=0, le=1e9, description="Limit on the first token.")] | None = None
+    throughput_target: Annotated[float, Meta(ge=0, le=1e12, description="Output tokens per second.")] | None = None
+    engine: Annotated[
+        Literal["vllm", "sglang", "trtllm", "llamacpp"], Meta(description="Which engine to plan for.")
+    ] = "vllm"
+    engine_version: Annotated[str, Meta(max_length=64, description="Its release, where it matters.")] = ""
+    weights: Annotated[str, Meta(max_length=16, description="bf16, fp8, nvfp4, awq, ...; empty: tried.")] = ""
+    kv_dtype: Annotated[str, Meta(max_length=16, description="bf16 or fp8; empty: the engine's default.")] = ""
+    tp: Annotated[int, Meta(ge=0, le=1_024, description="Tensor parallelism; 0: searched.")] = 0
+
+
+class VllmQuestion(PlacedQuestion, frozen=True, kw_only=True):
+    """A configuration of vLLM."""
+
+    batch_size: Annotated[int, Meta(ge=1, le=1 << 20, description="Requests in flight.")] = 64
+    seq_length: Annotated[Tokens, Meta(description="Tokens of a prompt.")] = 1024
+    max_tokens: Annotated[Tokens, Meta(description="Tokens of an answer.")] = 512
+    request_rate: Annotated[float, Meta(ge=0, le=1e6, description="Requests per second; 0: batch_size in flight.")] = (
+        0.0
+    )
+    prefix_hit: Annotated[float, Meta(ge=0, le=1, description="Share of prompts found in the prefix cache.")] = 0.0
+    latency_target_ms: Annotated[float, Meta(ge=0, le=1e9, description="Limit on the time between tokens.")] | None = (
+        None
+    )
+    ttft_target_ms: Annotated[float, Meta(ge=0, le=1e9, description="Limit on the first token.")] | None = None
+    throughput_target: Annotated[float, Meta(ge=0, le=1e12, description="Output tokens per second.")] | None = None
+    weights: Annotated[str, Meta(max_length=16, description="bf16, fp8, nvfp4, awq, ...; empty: as the model is.")] = ""
+    kv_dtype: Annotated[str, Meta(max_length=16, description="bf16 or fp8; empty: the engine's default.")] = ""
+    port: Annotated[int, Meta(ge=1, le=65_535, description="Where it listens.")] = 8000
+
+
+class ServingChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One configuration and how it would serve the load."""
+
+    name: str
+    objective: str
+    tp: int
+    pp: int
+    dp: int
+    ep: int
+    replicas: int
+    gpus: int
+    weights: str
+    kv_dtype: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    ttft_s: Quantity
+    tpot_s: Quantity
+    e2e_s: Quantity
+    output_tokens_per_s: float
+    output_tokens_per_s_per_gpu: Quantity
+    requests_per_s: float
+    concurrency: float
+    bottleneck: str
+    roofline_share: float
+    memory_gb: float
+    weights_gb: float
+    kv_gb: float
+    kv_tokens: int
+    max_concurrent: float
+    usd_per_million_tokens: float | None
+    misses: tuple[str, ...]
+    rationale: str
+    notes: tuple[str, ...]
+
+
+class ServingDropped(msgspec.Struct, frozen=True, kw_only=True):
+    """Configurations left out for one reason."""
+
+    reason: str
+    count: int
+    example: str
+
+
+class SloAnalysis(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether targets are met, and the most requests in flight at which they are."""
+
+    ttft_met: bool | None
+    itl_met: bool | None
+    throughput_met: bool | None
+    max_concurrency: int
+    output_tokens_per_s_there: float
+    adjustments: tuple[str, ...]
+
+
+class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Latency at one request rate, simulated; seconds."""
+
+    offered_per_s: float
+    requests_per_s: float
+    in_flight: float
+    ttft_p50: float
+    ttft_p99: float
+    tpot_p50: float
+    tpot_p99: float
+    is_stable: bool
+
+
+class InferenceAnswer(Answer, frozen=True, kw_only=True):
+    """The best configurations, the engine's command, and latency against load."""
+
+    model: dict[str, Any]
+    best: ServingChoice
+    options: tuple[ServingChoice, ...]
+    quantization: dict[str, Any]
+    kv_cache: dict[str, Any]
+    speculative_decoding: dict[str, Any]
+    engine: dict[str, Any]
+    launch_command: str
+    slo: SloAnalysis | None
+    load_curve: tuple[CurvePoint, ...]
+    summary: dict[str, float]
+    dropped: tuple[ServingDropped, ...]
+    topology: TopologySummary
+
+
+class VllmAnswer(Answer, frozen=True, kw_only=True):
+    """vLLM's settings, its command, and what to expect."""
+
+    optimization_goal: str
+    config: dict[str, Any]
+    launch_command: str
+    argv: tuple[str, ...]
+    vllm_version: str
+    expected_performance: dict[str, Any]
+    best: ServingChoice
+    sla_analysis: SloAnalysis | None
+    recommendations: tuple[str, ...]
+    topology: TopologySummary
+
+
+class ServingRecommendation(Answer, frozen=True, kw_only=True):
+    """What recommend answers for inference: the front, best first by the goal."""
+
+    model: dict[str, Any]
+    architecture: ArchitectureView
+    topology: TopologySummary
+    parameters: dict[str, Any]
+    recommendations: tuple[ServingChoice, ...]
+    best_strategy: ServingChoice
+    best: ServingChoice
+    dropped: tuple[ServingDropped, ...]
+
+
+def weights_to_try(arch: Architecture, topology: Topology, given: str) -> tuple[str, ...]:
+    """As the model is, and 8-bit where the accelerator multiplies it, unless one is given."""
+    if given:
+        return (given,)
+    if arch.quantisation or not topology.accelerator.has_units_for("fp8"):
+        return ("",)
+    return ("", "fp8")
+
+
+def search_for(
+    arch: Architecture, topology: Topology, question: ServingQuestion, workload: Workload, slo: Slo
+) -> SearchResult:
+    """All configurations of the engine on the machine. Raises: NothingFits."""
+    sizes = (question.tp,) if question.tp else ()
+    is_light = question.batch_size <= 4 and not question.request_rate
+    space = SearchSpace(
+        backend=question.engine,
+        version=question.engine_version,
+        weights=weights_to_try(arch, topology, question.weights),
+        kv_dtypes=(question.kv_dtype,),
+        engine_gpus=sizes,
+        max_num_seqs=(64,) if is_light else (64, 256, 1_024),
+    )
+    return search_serving(arch, topology, workload, space, slo)
+
+
+def workload_of(question: ServingQuestion) -> Workload:
+    """The load of a question."""
+    return Workload(
+        isl=question.seq_length,
+        osl=question.max_output_length,
+        concurrency=0.0 if question.request_rate else float(question.batch_size),
+        request_rate=question.request_rate,
+        prefix_hit=question.prefix_hit,
+    )
+
+
+def slo_of(question: ServingQuestion) -> Slo:
+    """The limits of a question, in seconds."""
+    return Slo(ttft_s=(question.ttft_target_ms or 0.0) / 1e3, tpot_s=(question.latency_target_ms or 0.0) / 1e3)
+
+
+def choice_view(choice: Choice, objective: str = "") -> ServingChoice:
+    """One configuration as it is shown."""
+    found, settings = choice.estimate, choice.settings
+    layout, memory = settings.layout, settings.memory
+    return ServingChoice(
+        name=f"TP{layout.tp}_PP{layout.pp}_DP{layout.dp}_EP{layout.ep} x{choice.replicas}",
+        objective=objective,
+        tp=layout.tp,
+        pp=layout.pp,
+        dp=layout.dp,
+        ep=layout.ep,
+        replicas=choice.replicas,
+        gpus=choice.gpus,
+        weights=settings.weights or "as the model is",
+        kv_dtype=settings.kv_dtype or "the engine's default",
+        max_num_seqs=memory.max_num_seqs,
+        max_num_batched_tokens=memory.max_num_batched_tokens,
+        ttft_s=found.ttft_s,
+        tpot_s=found.tpot_s,
+        e2e_s=found.e2e_s,
+        output_tokens_per_s=choice.output_tokens_per_s,
+        output_tokens_per_s_per_gpu=found.output_tokens_per_s_per_gpu,
+        requests_per_s=found.requests_per_s * choice.replicas,
+        concurrency=found.concurrency * choice.replicas,
+        bottleneck=found.bottleneck,
+        roofline_share=found.roofline_share,
+        memory_gb=found.memory.total_bytes / GB,
+        weights_gb=found.memory.weights_bytes / GB,
+        kv_gb=found.memory.kv_bytes / GB,
+        kv_tokens=found.kv.tokens,
+        max_concurrent=found.kv.max_sequences * layout.dp * choice.replicas,
+        usd_per_million_tokens=choice.usd_per_million_tokens,
+        misses=choice.misses,
+        rationale=choice.rationale,
+        notes=found.notes,
+    )
+
+
+def chosen(result: SearchResult, slo: Slo, throughput_target: float | None, *, goal: str = "") -> Choice:
+    """By the limits where there are any, else by throughput; among those that meet all, the cheapest."""
+    good = [
+        choice
+        for choice in result.front
+        if not choice.misses and choice.output_tokens_per_s >= (throughput_target or 0.0)
+    ]
+    if goal in ("latency", "memory"):
+        return result.best[goal]
+    has_limit = bool(slo.ttft_s or slo.tpot_s or throughput_target)
+    if has_limit and good:
+        return min(good, key=lambda choice: choice.gpus / choice.output_tokens_per_s)
+    return result.best["throughput"]
+
+
+def views(result: SearchResult, best: Choice) -> tuple[ServingChoice, ...]:
+    """The chosen one, the best by each objective, then the rest of the front."""
+    rows = [choice_view(best, "chosen")]
+    names = {rows[0].name + rows[0].weights + str(rows[0].max_num_batched_tokens) + str(rows[0].max_num_seqs)}
+    for objective, choice in [*result.best.items(), *(("", choice) for choice in result.front)]:
+        view = choice_view(choice, objective)
+        key = view.name + view.weights + str(view.max_num_batched_tokens) + str(view.max_num_seqs)
+        if key not in names and len(rows) < _SHOWN:
+            names.add(key)
+            rows.append(view)
+    return tuple(rows)
+
+
+def dropped_views(result: SearchResult) -> tuple[ServingDropped, ...]:
+    """Why configurations were left out."""
+    return tuple(ServingDropped(reason=d.reason, count=d.count, example=d.example) for d in result.dropped)
+
+
+def command_of(choice: Choice, model: str, context: int, *, port: int = 8000) -> EngineCommand:
+    """The engine's command line for a configuration."""
+    settings, layout = choice.settings, choice.settings.layout
+    weights = settings.weights if settings.weights in ("fp8", "awq", "gptq") else ""
+    return engine_command(
+        _ENGINES[settings.backend],
+        ServingSettings(
+            model=model,
+            port=port,
+            tp=layout.tp,
+            pp=layout.pp,
+            dp=layout.dp,
+            ep=layout.ep > 1,
+            memory_share=settings.memory.utilization or 0.9,
+            max_model_len=context,
+            max_sequences=settings.memory.max_num_seqs,
+            max_batched_tokens=settings.memory.max_num_batched_tokens,
+            kv_dtype=settings.kv_dtype or "auto",
+            quantisation=weights,
+        ),
+    )
+
+
+def analysis_of(
+    arch: Architecture, topology: Topology, choice: Choice, workload: Workload, slo: Slo, throughput: float | None
+) -> SloAnalysis | None:
+    """Which targets are met, and how far the load can grow until they are not."""
+    if not (slo.ttft_s or slo.tpot_s or throughput):
+        return None
+    most, there = largest_load(arch, topology, choice.settings, workload, slo, limit=8_192)
+    found = choice.estimate
+    met = None if throughput is None else choice.output_tokens_per_s >= throughput
+    advice = []
+    if slo.tpot_s and found.tpot_s.value > slo.tpot_s:
+        advice.append(f"at most {most * choice.replicas} requests in flight, or more GPUs for each engine")
+    if slo.ttft_s and found.ttft_s.value > slo.ttft_s:
+        advice.append("shorter prompts, prefix caching, smaller chunks or more replicas for the first token")
+    if met is False:
+        need = -(-(throughput or 0.0) // max(1.0, choice.output_tokens_per_s / choice.gpus))
+        advice.append(f"about {need:.0f} GPUs for {throughput:.0f} tokens/s")
+    return SloAnalysis(
+        ttft_met=found.ttft_s.value <= slo.ttft_s if slo.ttft_s else None,
+        itl_met=found.tpot_s.value <= slo.tpot_s if slo.tpot_s else None,
+        throughput_met=met,
+        max_concurrency=most * choice.replicas,
+        output_tokens_per_s_there=there.output_tokens_per_s.value * choice.replicas,
+        adjustments=tuple(advice),
+    )
+
+
+def inference(question: ServingQuestion, desk: Desk) -> InferenceAnswer:
+    """The search, the chosen configuration in detail, its command and its curve."""
+    arch = architecture_for(question, desk)
+    topology = topology_for(question, desk)
+    workload, slo = workload_of(question), slo_of(question)
+    result = search_for(arch, topology, question, workload, slo)
+    best = chosen(result, slo, question.throughput_target)
+    share = msgspec.structs.replace(workload, concurrency=max(1.0, workload.concurrency / best.replicas))
+    context = workload.isl + workload.osl
+    command = command_of(best, arch.name, context)
+    plain = 2.0 * count(arch).total
+    return InferenceAnswer(
+        model={"name": arch.name, "parameters_billions": count(arch).total / 1e9},
+        best=choice_view(best, "chosen"),
+        options=views(result, best),
+        quantization=_quantization(arch, best, plain),
+        kv_cache=_kv(best),
+        speculative_decoding=_speculation(arch, topology, best, share),
+        engine={
+            "engine": command.engine,
+            "version": command.version,
+            "launch_command": command.text,
+            "argv": list(command.argv),
+            "files": command.files,
+            "notes": list(command.notes),
+            "step_parts_s": best.estimate.step_parts_s,
+        },
+        launch_command=command.text,
+        slo=analysis_of(arch, topology, best, share, slo, question.throughput_target),
+        load_curve=tuple(
+            _curve_point(point) for point in load_curve(arch, topology, best.settings, share, requests=_CURVE_REQUESTS)
+        ),
+        summary={
+            "original_memory_gb": plain / GB,
+            "optimized_memory_gb": best.estimate.memory.weights_bytes * best.settings.layout.gpus / GB,
+            "memory_reduction_pct": _reduction(best, plain),
+            "expected_speedup": _speedup(result, best),
+        },
+        dropped=dropped_views(result),
+        topology=topology_summary(topology),
+    )
+
+
+def _reduction(best: Choice, plain: float) -> float:
+    """How much smaller the weights are than in 16 bits, per cent."""
+    held = best.estimate.memory.weights_bytes * best.settings.layout.tp * best.settings.layout.pp
+    return 100 * max(0.0, 1 - held / plain)
+
+
+def _speedup(result: SearchResult, best: Choice) -> float:
+    """Tokens per second and GPU over those of the best with the weights as they are."""
+    plain = [choice for choice in result.front if not choice.settings.weights]
+    if not plain or not best.settings.weights:
+        return 1.0
+    other = max(choice.output_tokens_per_s / choice.gpus for choice in plain)
+    return (best.output_tokens_per_s / best.gpus) / other
+
+
+def _quantization(arch: Architecture, best: Choice, plain: float) -> dict[str, Any]:
+    method = best.settings.weights or arch.quantisation or arch.weights_dtype
+    return {
+        "method": method,
+        "memory_reduction_pct": _reduction(best, plain),
+        "rationale": "the search tried it beside the weights as they are"
+        if best.settings.weights
+        else "as the model is",
+    }
+
+
+def _kv(best: Choice) -> dict[str, Any]:
+    found, memory = best.estimate.kv, best.settings.memory
+    return {
+        "paged_attention": True,
+        "block_size": found.block_tokens,
+        "blocks": found.blocks,
+        "max_num_seqs": memory.max_num_seqs,
+        "max_concurrent_at_context": found.max_sequences * best.settings.layout.dp,
+        "context": found.context,
+        "per_token_bytes": found.bytes_per_token,
+        "reserved_per_token_bytes": found.reserved_bytes_per_token,
+        "total_kv_cache_gb": found.bytes / GB,
+    }
+
+
+def _speculation(arch: Architecture, topology: Topology, best: Choice, workload: Workload) -> dict[str, Any]:
+    """What drafting would do at this load: multi-token prediction where the model has it, else n-grams."""
+    from head.planner.serving.estimate import estimate_serving
+
+    kind: Literal["mtp", "ngram"] = "mtp" if arch.mtp_layers else "ngram"
+    drafting = Speculative(kind=kind, drafted=1 if kind == "mtp" else 3)
+    settings = msgspec.structs.replace(best.settings, speculative=drafting)
+    found: ServingEstimate = estimate_serving(arch, topology, settings, workload)
+    speedup = best.estimate.tpot_s.value / found.tpot_s.value
+    return {
+        "enabled": speedup > 1.05,
+        "method": kind,
+        "drafted_tokens": drafting.drafted,
+        "expected_speedup": speedup,
+        "tpot_s": found.tpot_s.value,
+        "note": "at the kind's usual acceptance; measure it on your prompts",
+    }
+
+
+def _curve_point(point: LoadPoint) -> CurvePoint:
+    return CurvePoint(
+        offered_per_s=point.offered_per_s,
+        requests_per_s=point.requests_per_s,
+        in_flight=point.mean_in_flight,
+        ttft_p50=point.ttft_s.p50,
+        ttft_p99=point.ttft_s.p99,
+        tpot_p50=point.tpot_s.p50,
+        tpot_p99=point.tpot_s.p99,
+        is_stable=point.is_stable,
+    )
+
+
+def vllm(question: VllmQuestion, desk: Desk) -> VllmAnswer:
+    """The search with vLLM, as its own settings."""
+    asked = ServingQuestion(
+        **{field: getattr(question, field) for field in _SHARED_FIELDS},
+        max_output_length=question.max_tokens,
+        engine="vllm",
+    )
+    arch = architecture_for(asked, desk)
+    topology = topology_for(asked, desk, gpus=question.gpus or 1)
+    workload, slo = workload_of(asked), slo_of(asked)
+    result = search_for(arch, topology, asked, workload, slo)
+    has_limit = bool(slo.tpot_s or slo.ttft_s)
+    goal = "sla" if has_limit else "throughput" if question.throughput_target or question.batch_size > 8 else "latency"
+    best = chosen(result, slo, question.throughput_target, goal="" if goal != "latency" else "latency")
+    context = workload.isl + workload.osl
+    command = command_of(best, arch.name, context, port=question.port)
+    share = msgspec.structs.replace(workload, concurrency=max(1.0, workload.concurrency / best.replicas))
+    found, layout = best.estimate, best.settings.layout
+    return VllmAnswer(
+        optimization_goal=goal,
+        config={
+            "model": arch.name,
+            "tensor_parallel_size": layout.tp,
+            "pipeline_parallel_size": layout.pp,
+            "data_parallel_size": layout.dp,
+            "enable_expert_parallel": layout.ep > 1,
+            "gpu_memory_utilization": best.settings.memory.utilization or 0.9,
+            "max_model_len": context,
+            "block_size": found.kv.block_tokens,
+            "kv_cache_dtype": best.settings.kv_dtype or "auto",
+            "enable_prefix_caching": True,
+            "max_num_batched_tokens": best.settings.memory.max_num_batched_tokens,
+            "max_num_seqs": best.settings.memory.max_num_seqs,
+            "enable_chunked_prefill": True,
+            "quantization": best.settings.weights or None,
+            "enforce_eager": False,
+            "replicas": best.replicas,
+        },
+        launch_command=command.text,
+        argv=command.argv,
+        vllm_version=command.version,
+        expected_performance={
+            "throughput_tokens_per_second": best.output_tokens_per_s,
+            "time_to_first_token_ms": 1e3 * found.ttft_s.value,
+            "inter_token_latency_ms": 1e3 * found.tpot_s.value,
+            "max_concurrent_requests": found.kv.max_sequences * layout.dp * best.replicas,
+            "memory_efficiency": min(1.0, found.memory.total_bytes / topology.accelerator.visible_bytes),
+        },
+        best=choice_view(best, goal),
+        sla_analysis=analysis_of(arch, topology, best, share, slo, question.throughput_target),
+        recommendations=tuple(_advice(best, command)),
+        topology=topology_summary(topology),
+    )
+
+
+_SHARED_FIELDS = (
+    *(field.name for field in msgspec.structs.fields(PlacedQuestion)),
+    "batch_size",
+    "seq_length",
+    "request_rate",
+    "prefix_hit",
+    "latency_target_ms",
+    "ttft_target_ms",
+    "throughput_target",
+    "weights",
+    "kv_dtype",
+)
+
+
+def _advice(best: Choice, command: EngineCommand) -> Iterator[str]:
+    yield from command.notes
+    if best.replicas > 1:
+        yield f"start {best.replicas} engines and spread requests over them"
+    if best.settings.weights == "fp8":
+        yield "fp8: vLLM quantises 16-bit weights as it loads them; a checkpoint in fp8 loads faster"
+    if best.estimate.is_saturated:
+        yield "the load is more than the engine can run at once: requests wait"
+    yield from best.estimate.notes
+
+
+def recommend_serving(question: RecommendQuestion, desk: Desk) -> ServingRecommendation:
+    """Recommend for inference: every configuration on the front, by the goal."""
+    asked = ServingQuestion(
+        **{field.name: getattr(question, field.name) for field in msgspec.structs.fields(PlacedQuestion)},
+        batch_size=question.batch_size,
+        seq_length=question.seq_length,
+        weights="" if question.precision in ("", "bf16") else question.precision,
+    )
+    arch = architecture_for(asked, desk)
+    topology = topology_for(asked, desk)
+    result = search_for(arch, topology, asked, workload_of(asked), Slo())
+    best = chosen(result, Slo(), None, goal=question.goal)
+    rows = views(result, best)
+    return ServingRecommendation(
+        model={"name": arch.name},
+        architecture=architecture_view(arch),
+        topology=topology_summary(topology),
+        parameters={
+            "batch_size": question.batch_size,
+            "seq_length": question.seq_length,
+            "max_output_length": asked.max_output_length,
+            "goal": question.goal,
+            "is_training": False,
+        },
+        recommendations=rows,
+        best_strategy=rows[0],
+        best=rows[0],
+        dropped=dropped_views(result),
+    )
+
+
+_CODES = ("model_not_found", "not_found", "nothing_fits")
+ENDPOINTS = (
+    Endpoint(
+        "inference",
+        "inference",
+        ServingQuestion,
+        InferenceAnswer,
+        inference,
+        "How an engine would serve a model",
+        example=(
+            ("model", "llama-3.1-8b"),
+            ("gpu", "H100"),
+            ("gpus", 1),
+            ("batch_size", 32),
+            ("latency_target_ms", 100.0),
+        ),
+        codes=_CODES,
+    ),
+    Endpoint(
+        "vllm",
+        "vllm",
+        VllmQuestion,
+        VllmAnswer,
+        vllm,
+        "A configuration of vLLM",
+        example=(("model", "qwen3-32b"), ("gpu", "H200"), ("gpus", 2), ("throughput_target", 10000.0)),
+        codes=_CODES,
+    ),
+)
