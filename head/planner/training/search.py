@@ -162,6 +162,8 @@ def remedies(arch: Architecture, topology: Topology, base: TrainingLayout, *, st
     found: list[Remedy] = []
     host = topology.cpu_memory_bytes
     for name, words, changed in _changes(base):
+        if name == "qlora_short" and any(one.name == "qlora" for one in found):
+            continue
         best = _leanest(arch, topology, changed, stack)
         if best is not None:
             moved = best[1].host_bytes * min(topology.gpus, topology.gpus_per_node)
@@ -286,7 +288,13 @@ def _changes(base: TrainingLayout) -> list[tuple[str, str, TrainingLayout]]:
     found: list[tuple[str, str, TrainingLayout]] = []
     if base.tuning == "full":
         if base.optimizer in ("adamw", "adam"):
-            found.append(("optimizer_8bit", "8-bit optimizer states", replace(base, optimizer="adamw_8bit")))
+            found.append(
+                (
+                    "optimizer_8bit",
+                    "8-bit optimizer states and no fp32 master copy",
+                    replace(base, optimizer="adamw_8bit"),
+                )
+            )
         found.append(("offload_optimizer", "optimizer states on the host", replace(base, offload="optimizer")))
         found.append(
             ("offload_all", "weights and optimizer on the host", replace(base, offload="optimizer_and_weights"))
@@ -309,7 +317,7 @@ def _larger_card(arch: Architecture, topology: Topology, base: TrainingLayout, s
     best = _least(arch, topology, base, stack)
     if best is None:
         return None
-    layout, memory = best
+    layout = best[0]
     for device in sorted(all_accelerators(), key=lambda one: (one.visible_bytes, one.name)):
         if device.visible_bytes <= topology.accelerator.visible_bytes:
             continue
