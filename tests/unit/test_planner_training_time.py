@@ -14,6 +14,8 @@ from head.planner.calibration.training_rows import TrainingRow, shipped_rows
 from head.planner.hardware.accelerators import accelerator_names
 from head.planner.hardware.topology import topology_of_preset
 from head.planner.model.architecture import Architecture, Attention, FeedForward, LayerGroup
+from head.planner.model.flops import prefill_flops
+from head.planner.model.presets import lookup
 from head.planner.training.bubble import idle_rounds, stages_of
 from head.planner.training.collective_volumes import all_to_all, gather, group_of
 from head.planner.training.layout import TrainingLayout
@@ -171,6 +173,27 @@ def test_step_flops_do_not_depend_on_the_layout() -> None:
     assert all(math.isclose(value, counted[0], rel_tol=1e-9) for value in counted)
     closed = 6 * (32 * (4096 * 128 * (32 + 16) + 4096 * 4096 + 3 * 4096 * 14336) + 128256 * 4096) + 6 * 32 * 4096 * 8192
     assert math.isclose(counted[0] / (64 * 8192), closed, rel_tol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "meta-llama/Meta-Llama-3.1-8B",
+        "Qwen/Qwen3-30B-A3B",
+        "deepseek-ai/DeepSeek-V4-Flash",
+        "moonshotai/Kimi-K2-Instruct",
+        "openai/gpt-oss-120b",
+        "google/gemma-3-12b-it",
+        "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B",
+    ],
+)
+def test_step_flops_agree_with_the_models_own_count(name: str) -> None:
+    """The step's FLOPs, added up from the products of layers, are three times the forward count of `model.flops`."""
+    arch = msgspec.structs.replace(lookup(name), mtp_layers=0)
+    layout = TrainingLayout(dp=8, global_batch=8, seq=4096)
+    work = step_work(arch, topology_of_preset("H100-SXM-80GB", 8), layout)
+    forward = prefill_flops(arch, 4096).total
+    assert math.isclose(work.step_flops / (8 * 4096), 3.0 * forward, rel_tol=0.02)
 
 
 def test_recomputation_is_in_hfu_and_not_in_mfu() -> None:

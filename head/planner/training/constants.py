@@ -57,9 +57,9 @@ PRIORS: dict[str, Prior] = {
     "experts": Prior(value=1.3, spread=0.3, meaning="grouped products of experts against dense ones"),
     "tiles": Prior(value=1.0, spread=0.5, meaning="cost of half-empty tiles when an expert has few rows"),
     "attention": Prior(
-        value=1 / 0.45,
+        value=1 / 0.40,
         spread=0.25,
-        levels=(("generation", 0.2), ("stack", 0.2)),
+        levels=(("generation", 0.1), ("stack", 0.25)),
         meaning="time of attention over that at the 16-bit peak",
     ),
     "scores": Prior(value=6.0, spread=0.4, meaning="passes over the scores matrix when attention is not fused"),
@@ -78,8 +78,8 @@ PRIORS: dict[str, Prior] = {
     ),
     "launch_moe": Prior(value=3.0, spread=0.5, meaning="host time of a kernel of routing against others"),
     "tensor": Prior(
-        value=1.3,
-        spread=0.3,
+        value=1.4,
+        spread=0.15,
         levels=(("stack", 0.2), ("generation", 0.1)),
         meaning="exposed tensor-parallel exchange over that at line rate",
     ),

@@ -69,11 +69,26 @@ def mean_context(attention: Attention, seq: int, is_causal: bool) -> float:
         window = attention.index_top
     if not is_causal:
         return float(min(seq, window) if window else seq)
-    if not window or window >= seq:
-        return seq / 2
-    if attention.kind == "chunked":
+    if attention.kind == "compressed":
+        near = _mean_limited(seq, attention.window)
+        ratio = attention.compress_ratio
+        return near + (_mean_limited(seq, attention.index_top * ratio) / ratio if ratio else 0.0)
+    if attention.kind == "chunked" and 0 < window < seq:
         return window / 2
-    return window - window * window / (2 * seq)
+    return _mean_limited(seq, window)
+
+
+def _mean_limited(seq: int, limit: int) -> float:
+    """Mean over the positions of min(tokens before, limit); limit 0: none."""
+    if not limit or limit >= seq:
+        return seq / 2
+    return limit - limit * limit / (2 * seq)
+
+
+def _choosing_flops(attention: Attention, seq: int) -> float:
+    """Operations of an indexer that scores earlier tokens (or blocks of them), one token."""
+    scored = seq / 2 / max(1, attention.compress_ratio)
+    return 2.0 * attention.index_heads * attention.index_dim * scored
 
 
 def attention_width(attention: Attention) -> float:
@@ -105,7 +120,7 @@ def layer_work(arch: Architecture, group: LayerGroup, layout: TrainingLayout) ->
 def _mixer(arch: Architecture, attention: Attention, layout: TrainingLayout, tokens: float) -> LayerWork:
     if attention.kind == "none":
         return LayerWork()
-    if attention.kind in ("linear", "mamba"):
+    if attention.kind in ("linear", "mamba", "compressed"):
         return _state_mixer(arch, attention, layout, tokens)
     tp, products = layout.tp, _Sum()
     heads = attention.heads / tp
@@ -125,14 +140,15 @@ def _mixer(arch: Architecture, attention: Attention, layout: TrainingLayout, tok
     else:
         dim = attention.head_dim
         values = (attention.value_dim or dim) * attention.heads / tp
-        key_heads = max(1.0, attention.kv_heads / tp)
-        key_width = key_heads * (dim + (attention.value_dim or dim))
-        products.product(tokens, arch.hidden, heads * dim + key_width)
+        key_heads = 0.0 if attention.is_kv_shared else max(1.0, attention.kv_heads / tp)
+        key_width = key_heads * (dim + ((attention.value_dim or dim) if attention.has_value else 0))
+        gate = values if attention.has_output_gate else 0.0
+        products.product(tokens, arch.hidden, heads * dim + key_width + gate)
         products.product(tokens, values, arch.hidden)
         kv_width = key_width
         passes = 3.0 * heads * dim + 2.0 * key_width
     context = mean_context(attention, layout.seq, arch.is_causal)
-    flops = 2.0 * tokens * context * attention_width(attention) / tp
+    flops = tokens * (2.0 * context * attention_width(attention) + _choosing_flops(attention, layout.seq)) / tp
     scores = 0.0
     if not layout.has_flash_attention:
         # An unfused kernel forms the whole square, masked half included.
@@ -151,16 +167,21 @@ def _mixer(arch: Architecture, attention: Attention, layout: TrainingLayout, tok
 
 
 def _state_mixer(arch: Architecture, attention: Attention, layout: TrainingLayout, tokens: float) -> LayerWork:
-    """A linear or Mamba layer: projections as one product, a scan over its state in chunks."""
+    """Layers whose projections are in `other_params`: linear and Mamba (a scan over a state), compressed attention."""
     tp = layout.tp
     projected = attention.other_params / tp
     products = _Sum()
     if projected:
         products.product(tokens, arch.hidden, projected / arch.hidden)
     inner = projected / (3.0 * arch.hidden)
+    scores = 0.0
+    if attention.kind == "compressed":
+        context = mean_context(attention, layout.seq, arch.is_causal)
+        scores = tokens * (2.0 * context * attention_width(attention) + _choosing_flops(attention, layout.seq)) / tp
     return LayerWork(
         linear_flops=products.flops,
         linear_bytes=products.bytes,
+        attention_flops=scores,
         scan_flops=6.0 * tokens * attention.state_elements / tp,
         mixer_bytes=2.0 * tokens * inner * 12.0,
         kernels=_KERNELS_STATE,

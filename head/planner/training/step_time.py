@@ -25,8 +25,8 @@ from head.planner.training.layout import TrainingLayout
 from head.planner.training.step_work import StepWork, step_work
 
 MFU_CONVENTION = (
-    "model FLOPs (forward and twice that backward, attention causal-halved, head counted, no recomputation) "
-    "over time, GPUs and dense peak of the precision of the products"
+    "model FLOPs (forward and twice that backward, causal attention halved, windows counted as windows, "
+    "head counted, no recomputation) over time, GPUs and dense peak of the precision of the products"
 )
 HFU_CONVENTION = "as MFU, with recomputed FLOPs counted"
 _OVERLAP_POWER = 3.0

@@ -7,8 +7,6 @@ of the precision, HBM rate, link or network card at line rate, or a count of ker
 
 from __future__ import annotations
 
-import math
-
 import msgspec
 
 from head.planner.hardware.topology import Topology
@@ -29,7 +27,7 @@ _FP8 = ("fp8", "mxfp8", "nvfp4", "fp4", "mxfp4", "int8")
 
 
 class StepWork(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds at full speed on the fullest stage for one step; `kernels` and `calls` are counts.
+    """Seconds at full speed on the fullest stage for one step; `kernels` are counts.
 
     Forward, backward and recomputation are all in. `idle_rounds` and `stage_ratio` describe the pipeline.
     """
@@ -53,20 +51,16 @@ class StepWork(msgspec.Struct, frozen=True, kw_only=True):
     moe_kernels: float = 0.0
     tp_link_s: float = 0.0
     tp_nic_s: float = 0.0
-    tp_calls: float = 0.0
     cp_link_s: float = 0.0
     cp_nic_s: float = 0.0
     ep_link_s: float = 0.0
     ep_nic_s: float = 0.0
-    ep_calls: float = 0.0
     pp_link_s: float = 0.0
     pp_nic_s: float = 0.0
     shard_link_s: float = 0.0  # ZeRO-3 and FSDP: parameters and gradients of every micro-batch
     shard_nic_s: float = 0.0
-    shard_calls: float = 0.0
     dp_link_s: float = 0.0  # once a step
     dp_nic_s: float = 0.0
-    ranks_log2: float = 0.0
     optimizer_s: float = 0.0
     offload_s: float = 0.0
     microbatches: float = 1.0
@@ -258,7 +252,6 @@ def _communication(
         # Two all-reduces a layer and pass (or as many gather and scatter pairs), of the hidden state in 2 bytes.
         group = group_of(topology, layout.tp, 1)
         tensor = reduce(group, 2.0 * tokens * arch.hidden).times(2.0 * factors.collectives * count)
-        found["tp_calls"] = 4.0 * factors.collectives * count
     if layout.cp > 1:
         group = group_of(topology, layout.cp, layout.tp)
         passes = 1.0 + 2.0 + factors.recompute
@@ -270,7 +263,6 @@ def _communication(
         active = max(part.feed_forward.active for part in arch.groups)
         sent = 2.0 * layer["routed_tokens"] * width * layout.expert_imbalance
         expert = all_to_all(group, sent, float(max(active, 1))).times(2.0 * factors.collectives * count)
-        found["ep_calls"] = 2.0 * factors.collectives * count * _moe_share(arch)
     if layout.pp > 1:
         boundary = neighbour(topology, layout.tp * layout.cp * layout.dp, 2.0 * tokens * arch.hidden / layout.tp)
         pipeline = boundary.times(2.0 * layout.microbatches * layout.virtual_stages)
@@ -302,12 +294,16 @@ def _states(
     expert_replicas = max(1, round(layout.tp * replicas / (layout.ep * expert_tp)))
     group = group_of(topology, replicas, layout.tp)
     expert_group = group_of(topology, expert_replicas, layout.ep * expert_tp)
-    found: dict[str, float] = {"ranks_log2": math.log2(max(1.0, group.domains))}
+    found: dict[str, float] = {}
     trained = 1.0 if layout.tuning == "full" else 0.01
     once, often = Exchange(), Exchange()
+    is_sharded = layout.sharding in ("zero3", "fsdp", "hsdp")
     for held, members in ((dense, group), (experts, expert_group)):
         one = gather(members, held * 2.0)
-        if layout.sharding in ("zero3", "fsdp", "hsdp"):
+        if is_sharded and layout.pp > 1:
+            # Stages keep gathered parameters for all micro-batches: a gather each would not hide (FSDP2 with PP).
+            once = once.plus(one.times(1.0 + trained * layout.grad_bytes / 2.0))
+        elif is_sharded:
             often = often.plus(one.times(2.0 + trained * layout.grad_bytes / 2.0))
         elif layout.sharding == "zero2":
             often = often.plus(one.times(1.0 + trained * layout.grad_bytes / 2.0))
@@ -315,8 +311,6 @@ def _states(
             once = once.plus(one.times(trained * (1.0 + layout.grad_bytes / 2.0)))
         else:
             once = once.plus(one.times(trained * layout.grad_bytes))
-    if often.link_s or often.nic_s:
-        found["shard_calls"] = 3.0 * stages.layers_max * layout.microbatches
     often = often.times(float(layout.microbatches))
     found["dp_link_s"], found["dp_nic_s"] = once.link_s, once.nic_s
     found["shard_link_s"], found["shard_nic_s"] = often.link_s, often.nic_s
