@@ -55,7 +55,9 @@ def notes(job: TrainingJob) -> list[str]:
     if layout.cp > 1:
         found.append(f"cp={layout.cp}: build the sequence-parallel group in the script (DeepSpeed-Ulysses)")
     if layout.sharding in ("fsdp", "hsdp"):
-        found.append(f"{layout.sharding} is ZeRO stage 3 here" + (", with MiCS groups" if _mics(job) else ""))
+        found.append(
+            f"{layout.sharding} is ZeRO stage 3 over all data-parallel ranks (MiCS groups left with DeepSpeed 0.19)"
+        )
     if layout.precision not in ("bf16", "fp16", "fp32", "tf32"):
         found.append(f"{layout.precision} products need Transformer Engine layers in the script; weights are bf16")
     if layout.recompute != "none":
@@ -76,14 +78,6 @@ def command(job: TrainingJob, extra: tuple[str, ...] = ()) -> Command:
     return Command(argv=tuple(argv), env=process_environment(job), files=files)
 
 
-def _mics(job: TrainingJob) -> int:
-    """Ranks of one shard group when the states are replicated between groups; 0 otherwise."""
-    if job.layout.sharding != "hsdp":
-        return 0
-    group = job.layout.shard_group or job.gpus_per_node
-    return group if group < job.layout.dp else 0
-
-
 def _zero(job: TrainingJob) -> dict[str, Any]:
     """The ZeRO section."""
     stage = STAGES[job.layout.sharding]
@@ -96,8 +90,6 @@ def _zero(job: TrainingJob) -> dict[str, Any]:
             "stage3_max_reuse_distance": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
-        if group := _mics(job):
-            found["mics_shard_size"] = group
     if job.layout.offload in ("optimizer", "optimizer_and_weights") and stage >= 1:
         found["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if job.layout.offload == "optimizer_and_weights" and stage == 3:
