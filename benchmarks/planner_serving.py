@@ -75,7 +75,7 @@ def validate(truth: Path, *, is_quick: bool, has_write: bool) -> None:
     rows = [fitting.prepare(row) for row in fitting.read_rows(truth)]
     print(f"{len(rows)} rows, {len(fitting.unique(rows))} measured points ({time.strftime('%Y-%m-%d', time.gmtime())})")
     outcomes: dict[str, list[fitting.Outcome]] = {}
-    schemes: list[tuple[str, Callable[[fitting.Prepared], Hashable], int]] = [("five folds", lambda p: p.key, 5)]
+    schemes: list[tuple[str, Callable[[fitting.Prepared], Hashable], int]] = [("five folds", lambda p: p.point, 5)]
     if not is_quick:
         schemes.append(("curve left out", lambda p: p.block, 5))
         schemes.append(("model left out", lambda p: p.block.dimensions, 0))
@@ -83,8 +83,13 @@ def validate(truth: Path, *, is_quick: bool, has_write: bool) -> None:
         outcomes[name] = fitting.cross_validate(rows, group, folds)
         print(f"\n{name}  ({time.monotonic() - started:.0f} s)", flush=True)
         report(outcomes[name])
-    pooled = [outcome for found in outcomes.values() for outcome in found if outcome.row.mode in ("agg", "offline")]
-    spread = {quantity: fitting.spreads(pooled, quantity) for quantity in ("tpot", "ttft")}
+    pooled = [outcome for found in outcomes.values() for outcome in found]
+    spread = {}
+    for quantity in ("tpot", "ttft"):
+        for mode in MODES:
+            mine = [outcome for outcome in pooled if outcome.row.mode == mode]
+            spread[quantity if mode == "agg" else f"{quantity}/{mode}"] = fitting.spreads(mine, quantity)
+    spread = {name: rows for name, rows in spread.items() if any(high > low for _, low, high in rows)}
     table = [row for name, found in outcomes.items() for row in fitting.accuracy(name, found, spread)]
     print("\nmeasured values inside the stated 80 % interval")
     for row in table:

@@ -23,8 +23,11 @@ def settings_of(row: ServingRow) -> EngineSettings:
     arch = architecture_of_row(row)
     plan = None
     if row.prefill_layout is not None:
-        workers = max(1, round(row.sequences / max(row.prompts, 1.0)))
-        plan = Disaggregated(prefill_layout=row.prefill_layout, prefill_workers=workers)
+        plan = Disaggregated(
+            prefill_layout=row.prefill_layout,
+            prefill_workers=row.prefill_workers,
+            decode_workers=row.decode_workers,
+        )
     return EngineSettings(
         backend=row.backend,  # type: ignore[arg-type]
         version=row.version,
@@ -40,7 +43,9 @@ def estimate_of_row(row: Mapping[str, Any]) -> ServingEstimate:
     """What `estimate_serving` answers to a row of the serving truth set (its conditions and source)."""
     is_offline = row.get("kind") == "offline_max_throughput"
     question = offline_question_of(row) if is_offline else question_of(row)
-    load = Workload(isl=question.isl, osl=question.osl, concurrency=question.sequences)
+    load = Workload(
+        isl=question.isl, osl=question.osl, concurrency=question.sequences * max(1, question.decode_workers)
+    )
     return estimate_serving(architecture_of_row(question), topology_of(question), settings_of(question), load)
 
 

@@ -55,10 +55,16 @@ class Prepared(msgspec.Struct):
     floor_s: float
 
     @property
-    def key(self) -> Hashable:
+    def key(self) -> tuple[near.Block, int, int, int]:
         """Rows with one key measured the same thing."""
         r = self.row
         return (self.block, round(r.sequences), r.isl, r.osl)
+
+    @property
+    def point(self) -> Hashable:
+        """As `key`, whatever the version: tables repeat a measurement and some leave its version out."""
+        b = self.block
+        return (b.dimensions, b.backend, b.device, b.format, b.mode, b.degrees, self.key[1:])
 
 
 def read_rows(truth: Path) -> list[ServingRow]:
@@ -480,7 +486,7 @@ def accuracy(
             sizes = [abs(error) for error in errors]
             inside = 0
             for similarity, value in logs:
-                low, high = step.interval(spread, quantity, similarity)
+                low, high = step.interval(spread, quantity, mode, similarity)
                 inside += low <= -value <= high
             found.append(
                 step.Accuracy(

@@ -40,6 +40,8 @@ class ServingRow(msgspec.Struct, frozen=True, kw_only=True):
     osl: int
     tpot_s: float
     ttft_s: float  # 0: not measured
+    prefill_workers: int = 0  # of a disaggregated row; 0: not known
+    decode_workers: int = 0
 
 
 def layout_of(conditions: Mapping[str, Any], prefix: str = "") -> ServingLayout:
@@ -118,6 +120,8 @@ def question_of(row: Mapping[str, Any]) -> ServingRow:
         osl=int(c["osl"]),
         tpot_s=float(row["expected"]["tpot_ms"]) / 1e3,
         ttft_s=float(row["expected"]["ttft_ms"]) / 1e3,
+        prefill_workers=int(c.get("prefill_num_workers") or 0),
+        decode_workers=int(c.get("decode_num_workers") or 0),
     )
 
 

@@ -115,7 +115,7 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
 
     multipliers: Multipliers
     ttft: dict[str, tuple[float, ...]]  # factors by mode and backend ("agg/vllm"; "agg" and "disagg" for any other)
-    spread: dict[str, list[tuple[float, float, float]]]  # by quantity: similarity at least, low and high log quantiles
+    spread: dict[str, list[tuple[float, float, float]]]  # by quantity[/mode]: nearness at least, log quantiles
     provenance: dict[str, str] = {}
     accuracy: tuple[Accuracy, ...] = ()
 
@@ -259,9 +259,11 @@ def floor_s(values: tuple[float, ...]) -> float:
     return max(moved, computed + prompt, prompt)
 
 
-def interval(spread: dict[str, list[tuple[float, float, float]]], name: str, similarity: float) -> tuple[float, float]:
-    """Logarithms of the 80 % interval's bounds over the value, at this nearness to measured points."""
-    rows = spread.get(name) or [(0.0, -0.7, 0.7)]
+def interval(
+    spread: dict[str, list[tuple[float, float, float]]], name: str, mode: str, similarity: float
+) -> tuple[float, float]:
+    """Logarithms of the 80 % interval's bounds over the value, at this nearness to measured points of the mode."""
+    rows = spread.get(f"{name}/{mode}") or spread.get(name) or [(0.0, -0.7, 0.7)]
     for least, low, high in rows:
         if similarity >= least:
             return low, high

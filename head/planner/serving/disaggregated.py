@@ -16,7 +16,10 @@ TRANSFER_SHARE = 0.7  # of the links' rate that cache transfers reach (NIXL, man
 
 
 class Disaggregated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The prefill side, and how many engines of each kind there are. The decode layout is the estimate's own."""
+    """The prefill side, and how many engines of each kind there are. The decode layout is the estimate's own.
+
+    0 workers: not known; one of each is computed, and the answer leans on measured rows that did not say it either.
+    """
 
     prefill_layout: ServingLayout = ServingLayout()
     prefill_workers: int = 1
@@ -25,7 +28,12 @@ class Disaggregated(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     def gpus(self, decode: ServingLayout) -> int:
         """GPUs of the whole deployment."""
-        return self.prefill_layout.gpus * self.prefill_workers + decode.gpus * self.decode_workers
+        return self.prefill_layout.gpus * max(1, self.prefill_workers) + decode.gpus * max(1, self.decode_workers)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether both numbers of engines are said."""
+        return self.prefill_workers > 0 and self.decode_workers > 0
 
 
 def transfer_s(

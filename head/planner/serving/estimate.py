@@ -120,6 +120,7 @@ class _Point(msgspec.Struct, frozen=True):
 
     sequences: float
     offered: float
+    is_full: bool  # some requests wait for a place
     ttft: float
     tpot: float
     floor: float
@@ -185,7 +186,8 @@ def _question(
     device = device_of(topology)
     kv_dtype = settings.kv_dtype or default_kv_dtype(settings.backend, settings.weights, arch)
     precision = precision_of(arch, settings.weights, kv_dtype, device)
-    mode = "offline" if settings.is_offline else "disagg" if settings.disaggregated else "agg"
+    plan = settings.disaggregated
+    mode = "offline" if settings.is_offline else "agg" if plan is None else "disagg" if plan.is_known else "disagg?"
     format_name = step.format_of(precision)
     block = near.Block(
         dimensions=near.dimensions_of(arch),
@@ -207,7 +209,7 @@ def _question(
         prompt=workload.isl,
         output=workload.osl,
     )
-    family = "disagg" if mode == "disagg" else "agg"
+    family = "agg" if plan is None else mode
     return _Question(
         arch=arch,
         settings=settings,
@@ -226,7 +228,7 @@ def _point(q: _Question, offered: float, *, has_near: bool, correction: near.Nea
     """The engine with `offered` requests in flight (of the whole deployment)."""
     settings, workload = q.settings, q.workload
     plan = settings.disaggregated
-    engines = plan.decode_workers if plan else 1
+    engines = max(1, plan.decode_workers) if plan else 1
     mine = max(offered / engines, 1.0)
     limit = q.limit or mine
     slots = float(settings.memory.max_num_seqs * settings.layout.dp) or mine
@@ -271,9 +273,9 @@ def _point(q: _Question, offered: float, *, has_near: bool, correction: near.Nea
         ttft += transfer_s(q.arch, plan, settings.layout, q.precision, q.device, workload.isl)
     # Little: what is in flight beyond the running sequences waits for places that free up at the engine's own rate.
     ttft = max(ttft, (mine / sequences - 1.0) * (workload.osl - 1) * tpot, prompt_s)
-    if plan:  # the prefill engines can finish no more than they can compute
-        ttft = max(ttft, offered * prompt_s / plan.prefill_workers - (workload.osl - 1) * tpot)
-    return _Point(sequences, offered, ttft, tpot, floor, prompt_s, parts, found)
+    if plan and plan.is_known:  # the prefill engines can finish no more than they can compute
+        ttft = max(ttft, offered * prompt_s / max(1, plan.prefill_workers) - (workload.osl - 1) * tpot)
+    return _Point(sequences, offered, mine > min(limit, slots) * 1.0001, ttft, tpot, floor, prompt_s, parts, found)
 
 
 def _prefill(q: _Question, offered: float, sequences: float) -> tuple[float, float, float, float]:
@@ -292,7 +294,7 @@ def _prefill(q: _Question, offered: float, sequences: float) -> tuple[float, flo
     prompt_s = sum(step.combine(values, q.multipliers).values())
     groups = float(layout.dp * layout.pp)
     if plan:
-        prompts = max(1.0, offered / plan.prefill_workers)
+        prompts = max(1.0, offered / max(1, plan.prefill_workers))
         return prompt_s, groups, prompts, prompts
     return prompt_s, groups, sequences, max(offered, sequences)
 
@@ -301,7 +303,7 @@ def _solve(q: _Question, *, has_near: bool) -> _Point:
     """The load's point: at a concurrency, or at the concurrency that a request rate brings about."""
     workload = q.workload
     slots = float((q.settings.memory.max_num_seqs or SLOTS_AT_MOST) * q.settings.layout.dp)
-    engines = q.settings.disaggregated.decode_workers if q.settings.disaggregated else 1
+    engines = max(1, q.settings.disaggregated.decode_workers) if q.settings.disaggregated else 1
     most = min(q.limit or slots, slots) * engines
     if workload.request_rate <= 0:
         offered = workload.concurrency or (most if q.settings.is_offline else 1.0)
@@ -380,8 +382,8 @@ def _answer(q: _Question, point: _Point) -> ServingEstimate:
     capacity = kv_capacity(
         q.arch, settings.layout, q.precision, budget, context=context, block_tokens=settings.memory.block_tokens
     )
-    engines = settings.disaggregated.decode_workers if settings.disaggregated else 1
-    is_saturated = point.offered / engines > point.sequences * 1.0001
+    engines = max(1, settings.disaggregated.decode_workers) if settings.disaggregated else 1
+    is_saturated = point.is_full
     if workload.request_rate > 0:
         is_saturated = is_saturated or rate < workload.request_rate * 0.98
     speed = (
@@ -429,7 +431,7 @@ def _quantity(
     *,
     least: float = 0.0,
 ) -> Quantity:
-    low, high = step.interval(q.constants.spread, name, found.similarity)
+    low, high = step.interval(q.constants.spread, name, q.block.mode, found.similarity)
     rows: tuple[NearRow, ...] = near.near_rows(found, name)
     return Quantity(
         value=value,
@@ -452,6 +454,8 @@ def _notes(q: _Question, point: _Point, budget: float, is_saturated: bool) -> tu
         notes.append("no measured point of this engine: physics with the constants of others, wide interval")
     elif point.nearness.similarity < 0.2:
         notes.append("no measured point is near: wide interval")
+    if q.settings.disaggregated and not q.settings.disaggregated.is_known:
+        notes.append("numbers of prefill and decode engines not given: one of each")
     if q.settings.speculative:
         notes.append("speculative decoding by assumed acceptance; measured points may or may not have used it")
     if q.settings.is_offline:
