@@ -65,6 +65,8 @@ def process_environment(job: TrainingJob) -> dict[str, str]:
     found = {"OMP_NUM_THREADS": str(job.cpus_per_gpu), "TOKENIZERS_PARALLELISM": "false"}
     if not job.is_cpu:
         found |= {entry.name: entry.value for entry in nccl_environment(job.topology, tp=job.layout.tp)}
+        if job.layout.sharding in ("zero2", "zero3", "fsdp", "hsdp"):
+            found.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)  # sharded data parallelism overlaps on several queues
         if job.topology.accelerator.vendor == "NVIDIA":
             found["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     return environment(found | job.env)

@@ -35,7 +35,8 @@ def command(job: TrainingJob, *, node_rank: int | None = None) -> Command:
     start = line.argv.index(job.script)
     script = job.script if job.script != "train.py" else SCRIPT
     env = process_environment(job)
-    if job.layout.tp > 1 or job.layout.cp > 1:
+    has_order = job.topology.accelerator.generation in ("volta", "ampere", "hopper")
+    if has_order and (job.layout.tp > 1 or job.layout.cp > 1) and job.layout.sharding not in _STRATEGIES:
         env["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     return Command(argv=(*line.argv[:start], script, *arguments(job), *job.script_args), env=env)
 

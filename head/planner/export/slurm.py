@@ -94,7 +94,8 @@ def _launch(job: TrainingJob, extra: tuple[str, ...]) -> list[str]:
         "step=$!",
         "trap 'kill -TERM \"$step\" 2>/dev/null || true' TERM",
         "status=0",
+        'wait "$step" || status=$?',
         "# a trap ends `wait` early: wait again for as long as srun lives",
-        'while kill -0 "$step" 2>/dev/null; do wait "$step" && status=0 || status=$?; done',
+        'while kill -0 "$step" 2>/dev/null; do status=0; wait "$step" || status=$?; done',
         'exit "$status"',
     ]
