@@ -22,6 +22,7 @@ class Endpoint:
 
     path: below /api/v1/plan, empty for the index. verb: the command's name, empty when it has none. answer: a pure
     function of the question and the desk. example: a question that works without a cluster, shown in the documents.
+    needs_model: of a question about a model, whether it makes sense without one.
     """
 
     path: str
@@ -33,6 +34,7 @@ class Endpoint:
     method: Literal["GET", "POST"] = "POST"
     example: tuple[tuple[str, Any], ...] = ()
     codes: tuple[str, ...] = ()
+    needs_model: bool = True
 
 
 def ask(endpoint: Endpoint, body: bytes | dict[str, Any], desk: Desk) -> Answer:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from common.errors import NothingFits
 from head.planner.calibration.quantity import Quantity
 from head.planner.endpoints.layouts import (
     GB,
@@ -17,6 +18,7 @@ from head.planner.endpoints.layouts import (
     layout_name,
     layout_view,
     memory_view,
+    optimizer_of,
     precision_of,
 )
 from head.planner.endpoints.questions import Batch, Desk, PlacedQuestion, Tokens, topology_for
@@ -38,8 +40,12 @@ class SearchQuestion(PlacedQuestion, frozen=True, kw_only=True):
     batch_size: Annotated[Batch, Meta(description="Sequences of a step on each GPU's share; see global_batch.")] = 1
     global_batch: Annotated[int, Meta(ge=0, le=1 << 24, description="Sequences of a step; 0: batch_size x GPUs.")] = 0
     seq_length: Annotated[Tokens, Meta(description="Tokens of a sequence.")] = 2048
-    precision: Annotated[str, Meta(max_length=16, description="bf16, fp16, fp8, mxfp8, nvfp4, fp32.")] = ""
-    optimizer: Annotated[str, Meta(max_length=32, description="adamw, adamw_8bit, adafactor, lion, sgd.")] = "adamw"
+    precision: Annotated[
+        str | None, Meta(max_length=16, description="bf16, fp16, fp8, mxfp8, nvfp4, fp32; empty: bf16.")
+    ] = None
+    optimizer: Annotated[str, Meta(max_length=32, description="adamw, adamw_8bit, adafactor, lion, sgd, muon, ...")] = (
+        "adamw"
+    )
     tuning: Annotated[Literal["full", "lora", "qlora"], Meta(description="What is trained.")] = "full"
     lora_rank: Annotated[int, Meta(ge=1, le=4_096, description="Of adapters.")] = 16
     stack: Annotated[
@@ -49,23 +55,23 @@ class SearchQuestion(PlacedQuestion, frozen=True, kw_only=True):
 
 
 class ChoiceAnalysis(msgspec.Struct, frozen=True, kw_only=True):
-    """What a layout would do; GB are 1e9 bytes."""
+    """What a layout would do; GB are 1e9 bytes. Serving has no step, MFU or probability to fit: they are null."""
 
     memory_per_gpu_gb: float
     peak_memory_gb: float
     memory_headroom_gb: float
     fits_in_memory: bool
-    fit_probability: float
+    fit_probability: float | None
     estimated_throughput_tps: float
     throughput: Quantity
     estimated_latency_ms: float
-    step_s: Quantity
-    mfu: Quantity
+    step_s: Quantity | None
+    mfu: Quantity | None
     compute_efficiency: float
     communication_overhead: float
     pipeline_bubble_fraction: float
     bottleneck: str
-    cost_per_million_tokens_usd: float
+    cost_per_million_tokens_usd: float | None
     memory: MemoryBreakdown
 
 
@@ -132,7 +138,7 @@ def base_of(question: SearchQuestion, topology: Topology) -> TrainingLayout:
         global_batch=question.global_batch or question.batch_size * topology.gpus,
         seq=question.seq_length,
         precision=precision_of(question.precision or "bf16"),
-        optimizer=question.optimizer,
+        optimizer=optimizer_of(question.optimizer),
         tuning=question.tuning,
         lora_rank=question.lora_rank,
     )
@@ -222,6 +228,41 @@ def searched_view(result: SearchResult) -> SearchedView:
 def dropped_view(drop: Dropped) -> DroppedView:
     """One reason with an example."""
     return DroppedView(reason=drop.reason, count=drop.count, message=f"{layout_name(drop.example)}: {drop.message}")
+
+
+def require(result: SearchResult) -> Choice:
+    """The first choice. Raises: NothingFits, with remedies as questions that /plan/validate answers with valid."""
+    try:
+        return result.require()
+    except NothingFits as error:
+        error.details["remedies"] = [remedy_view(remedy) for remedy in result.remedies]
+        raise
+
+
+def remedy_view(remedy: Remedy) -> dict[str, object]:
+    """A remedy with the question to ask of /plan/validate, beside the model and the machine."""
+    layout = remedy.layout
+    asked: dict[str, object] = {
+        "gpus": remedy.gpus,
+        "tp": layout.tp,
+        "pp": layout.pp,
+        "dp": layout.dp,
+        "cp": layout.cp,
+        "ep": layout.ep,
+        "global_batch": layout.global_batch,
+        "micro_batch": layout.micro_batch,
+        "seq_length": layout.seq,
+        "precision": layout.precision,
+        "optimizer": layout.optimizer,
+        "sharding": layout.sharding,
+        "checkpointing": layout.recompute,
+        "tuning": layout.tuning,
+        "lora_rank": layout.lora_rank,
+        "offload": layout.offload,
+    }
+    if remedy.accelerator:
+        asked["gpu"] = remedy.accelerator
+    return {"name": remedy.name, "message": remedy.message, "gpus": remedy.gpus, "validate": asked}
 
 
 def remedy_text(remedy: Remedy) -> str:

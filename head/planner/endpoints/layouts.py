@@ -12,11 +12,13 @@ from head.planner.endpoints.questions import Batch, Count, Desk, PlacedQuestion,
 from head.planner.hardware.topology import Topology
 from head.planner.training.layout import Sharding, TrainingLayout
 from head.planner.training.memory import TrainingMemory
+from head.planner.training.memory_states import MOMENT_BYTES
 
 GB = 1e9
 
 # The old planner's documents call some settings by other names.
 _SHARDING = {"zero-1": "zero1", "zero-2": "zero2", "zero-3": "zero3", "ddp": "none", "full_shard": "fsdp"}
+_OPTIMIZERS = {"adamw8bit": "adamw_8bit", "adam8bit": "adamw_8bit", "adam_8bit": "adamw_8bit", "adamw_torch": "adamw"}
 _PRECISION = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "half": "fp16"}
 
 
@@ -34,11 +36,13 @@ class LayoutQuestion(PlacedQuestion, frozen=True, kw_only=True):
     micro_batch: Annotated[int, Meta(ge=0, le=1 << 20, description="Sequences at once; 0: chosen.")] = 0
     seq_length: Annotated[Tokens, Meta(description="Tokens of a sequence.")] = 2048
     precision: Annotated[str, Meta(max_length=16, description="bf16, fp16, fp8, mxfp8, nvfp4, fp32.")] = "bf16"
-    optimizer: Annotated[str, Meta(max_length=32, description="adamw, adamw_8bit, adafactor, lion, sgd.")] = "adamw"
+    optimizer: Annotated[str, Meta(max_length=32, description="adamw, adamw_8bit, adafactor, lion, sgd, muon, ...")] = (
+        "adamw"
+    )
     sharding: Annotated[str, Meta(max_length=16, description="none, zero1, zero2, zero3, fsdp, hsdp.")] = "zero1"
     checkpointing: Annotated[
-        Literal["", "none", "selective", "full"], Meta(description="Activation recomputation; empty: none.")
-    ] = ""
+        Literal["", "none", "selective", "full"] | None, Meta(description="Activation recomputation; empty: none.")
+    ] = None
     schedule: Annotated[
         Literal["1f1b", "interleaved", "zero_bubble", "gpipe"], Meta(description="Of the pipeline.")
     ] = "1f1b"
@@ -89,6 +93,7 @@ class MemoryBreakdown(msgspec.Struct, frozen=True, kw_only=True):
     communication: float
     context: float
     fragmentation: float
+    kv_cache: float = 0.0
     total: float
 
 
@@ -107,6 +112,19 @@ def precision_of(word: str) -> str:
     known = ("fp32", "tf32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
     if name not in known:
         raise InvalidValue(f"precision: {word!r} is not known", field="precision", known=list(known))
+    return name
+
+
+def optimizer_of(word: str) -> str:
+    """The optimizer that a word means. Raises: InvalidValue."""
+    name = _OPTIMIZERS.get(word.lower().replace("-", "_"), word.lower().replace("-", "_")) or "adamw"
+    if name not in MOMENT_BYTES:
+        raise InvalidValue(
+            f"optimizer: {word!r} is not known",
+            field="optimizer",
+            known=list(MOMENT_BYTES),
+            hint="one of " + ", ".join(MOMENT_BYTES),
+        )
     return name
 
 
@@ -138,7 +156,7 @@ def layout_of(question: LayoutQuestion, topology: Topology, *, dp: int = 0) -> T
         micro_batch=micro,
         seq=question.seq_length,
         precision=precision_of(question.precision),
-        optimizer=question.optimizer,
+        optimizer=optimizer_of(question.optimizer),
         recompute=question.checkpointing or "none",
         tuning=question.tuning,
         lora_rank=question.lora_rank,

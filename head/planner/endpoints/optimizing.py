@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -17,6 +17,7 @@ from head.planner.endpoints.layout_search import (
     base_of,
     machine_of,
     recommendations,
+    require,
     searched_view,
     topology_summary,
 )
@@ -27,6 +28,7 @@ from head.planner.model.architecture import Architecture
 from head.planner.training.layout import TrainingLayout
 from head.planner.training.memory import estimate_memory
 from head.planner.training.search import search
+from head.planner.training.search_space import Space
 from head.planner.training.step_time import step_seconds
 
 _FIT_SHARE = 0.5  # of certainty that a changed layout must fit to be worth naming
@@ -35,7 +37,10 @@ _FIT_SHARE = 0.5  # of certainty that a changed layout must fit to be worth nami
 class OptimizeQuestion(SearchQuestion, frozen=True, kw_only=True):
     """What to change, each change computed on the best layout. precision and checkpointing fix what is given."""
 
-    checkpointing: Annotated[str, Meta(max_length=16, description="none, selective or full; empty: searched.")] = ""
+    checkpointing: Annotated[
+        Literal["", "none", "selective", "full"] | None,
+        Meta(description="Activation recomputation; empty: searched."),
+    ] = None
     training: Annotated[bool, Meta(description="Training; inference is what /inference is for.")] = True
 
 
@@ -166,13 +171,10 @@ def optimize(question: OptimizeQuestion, desk: Desk) -> OptimizeAnswer:
     arch = architecture_for(question, desk)
     topology = machine_of(question, desk)
     base = base_of(question, topology)
-    result = search(arch, topology, base, stack=question.stack, top=50_000)
-    result.require()
-    choices = result.choices
-    if question.checkpointing:
-        kept = [choice for choice in choices if choice.layout.recompute == question.checkpointing]
-        choices = tuple(kept) or choices
-    choice = choices[0]
+    space = Space(recomputes=(question.checkpointing,)) if question.checkpointing else None
+    result = search(arch, topology, base, space=space, stack=question.stack, top=1)
+    require(result)
+    choice = result.choices[0]
     best = recommendations(arch, topology, [choice], question.stack)[0]
     techniques = _techniques(arch, topology, choice.layout, question.stack)
     return OptimizeAnswer(
@@ -223,11 +225,11 @@ def _variants(topology: Topology, layout: TrainingLayout) -> list[tuple[str, str
 
 
 def _techniques(arch: Architecture, topology: Topology, layout: TrainingLayout, stack: str) -> tuple[Technique, ...]:
-    before = estimate_memory(arch, topology, layout).parts.total
+    before = estimate_memory(arch, topology, layout, stack=stack).parts.total
     slow = step_seconds(arch, topology, layout, stack or "unknown")
     rows = []
     for name, complexity, how, changed in _variants(topology, layout):
-        memory = estimate_memory(arch, topology, changed)
+        memory = estimate_memory(arch, topology, changed, stack=stack)
         fast = step_seconds(arch, topology, changed, stack or "unknown")
         rows.append(
             Technique(
@@ -253,13 +255,14 @@ def _compound(
         options = []
         for name, _, _, changed in _variants(topology, best):
             seconds = step_seconds(arch, topology, changed, stack or "unknown")
-            if seconds < now * 0.995 and estimate_memory(arch, topology, changed).fit_probability >= _FIT_SHARE:
+            fits = estimate_memory(arch, topology, changed, stack=stack).fit_probability >= _FIT_SHARE
+            if seconds < now * 0.995 and fits:
                 options.append((seconds, name, changed))
         if not options:
             break
         now, name, best = min(options, key=lambda option: option[0])
         names.append(name)
-    before, after = (estimate_memory(arch, topology, one).parts.total for one in (layout, best))
+    before, after = (estimate_memory(arch, topology, one, stack=stack).parts.total for one in (layout, best))
     return {
         "name": " + ".join(names) or "nothing beats the layout as it is",
         "techniques": names,
@@ -289,7 +292,7 @@ def _precision(arch: Architecture, topology: Topology, layout: TrainingLayout, s
     gain = step_seconds(arch, topology, layout, stack or "unknown") / step_seconds(
         arch, topology, changed, stack or "unknown"
     )
-    before, after = (estimate_memory(arch, topology, one).parts.total for one in (layout, changed))
+    before, after = (estimate_memory(arch, topology, one, stack=stack).parts.total for one in (layout, changed))
     helps = gain > 1.02
     return PrecisionAdvice(
         mode=kind if helps else layout.precision,
@@ -333,7 +336,7 @@ def profile(question: ProfileQuestion, desk: Desk) -> ProfileAnswer:
     topology = machine_of(asked, desk)
     goal = found.settings.get("goal", "throughput")
     result = search(arch, topology, base_of(asked, topology), stack=asked.stack, goal=goal, top=1)
-    result.require()
+    require(result)
     best = recommendations(arch, topology, result.choices, asked.stack)[0]
     return ProfileAnswer(profiles=(found,), best=best, model=arch.name, topology=topology_summary(topology))
 

@@ -25,12 +25,13 @@ from head.planner.model.headers import architecture_of_registered
 from head.planner.model.presets import architecture_of, lookup
 
 DEFAULT_GPU, DEFAULT_GPUS = "H100-SXM-80GB", 8
+MOCK_GPUS = 4  # what the old planner took where mock_topology came without a number
 
 Count = Annotated[int, Meta(ge=1, le=1_048_576)]
 Batch = Annotated[int, Meta(ge=1, le=1 << 24)]
 Tokens = Annotated[int, Meta(ge=1, le=1 << 26)]
 Name = Annotated[str, Meta(max_length=256)]
-Positive = Annotated[float, Meta(gt=0, le=1e18)]
+Positive = Annotated[float, Meta(ge=1e-6, le=1e18)]
 
 
 class PlanGpu(msgspec.Struct, frozen=True):
@@ -138,8 +139,10 @@ class PlacedQuestion(ModelQuestion, frozen=True, kw_only=True):
     gpus_per_node: Annotated[int, Meta(ge=0, le=1_024, description="0: as is usual for the accelerator.")] = 0
     nic_gbit: Annotated[float, Meta(ge=0, le=1e6, description="Network per accelerator, Gbit/s; 0: usual.")] = 0.0
     memory: Annotated[float, Meta(ge=0, le=1e5, description="Memory of one accelerator, GB; 0: its own.")] = 0.0
-    mock_topology: Annotated[Literal["", "b200", "h100"], Meta(description="As gpu, in the old planner's words.")] = ""
-    mock_gpus: Annotated[int, Meta(ge=0, le=1_024, description="How many, beside mock_topology.")] = 0
+    mock_topology: Annotated[
+        Literal["", "b200", "h100"] | None, Meta(description="As gpu, in the old planner's words.")
+    ] = None
+    mock_gpus: Annotated[int, Meta(ge=0, le=1_024, description="How many, beside mock_topology; 0: 4.")] = 0
 
 
 def architecture_for(question: ModelQuestion, desk: Desk) -> Architecture:
@@ -208,7 +211,8 @@ def topology_for(question: PlacedQuestion, desk: Desk, *, gpus: int = 0) -> Topo
 
     gpus: how many when the question does not say. Raises: NotFound for an unknown accelerator, InvalidValue.
     """
-    wanted = question.gpus or question.mock_gpus or gpus
+    is_mock = bool(question.mock_topology) and not question.gpu
+    wanted = question.gpus or question.mock_gpus or gpus or (MOCK_GPUS if is_mock else 0)
     name = question.gpu or question.mock_topology
     if not name and any(kind.gpus for kind in desk.kinds):
         found = topology_of_nodes(desk.nodes(), gpus=wanted, source=desk.source)

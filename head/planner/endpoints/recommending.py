@@ -21,6 +21,7 @@ from head.planner.endpoints.layout_search import (
     machine_of,
     recommendations,
     remedy_text,
+    require,
     searched_view,
     topology_summary,
 )
@@ -214,7 +215,7 @@ def found_layouts(
     """A search whose every outcome is usable. Raises: NothingFits with what dropped the rest and what would help."""
     base = base_of(question, topology)
     result = search(arch, topology, base, goal=goal, stack=question.stack, top=top, **more)
-    result.require()
+    require(result)
     return result
 
 
@@ -351,7 +352,7 @@ def pareto(question: ParetoQuestion, desk: Desk) -> ParetoAnswer:
         usd_per_gpu_hour=question.gpu_cost,
         top=1,
     )
-    result.require()
+    require(result)
     points = [_point(choice) for choice in result.pareto]
     return ParetoAnswer(
         model=arch.name,
@@ -412,10 +413,10 @@ def validate(question: ValidateQuestion, desk: Desk) -> ValidateAnswer:
     """The checks of the search on one layout; a misfit is an answer, not an error."""
     arch = architecture_for(question, desk)
     topology, layout = machine_and_layout(question, desk)
-    checks = check_layout(arch, topology, layout)
+    checks = check_layout(arch, topology, layout, stack=question.stack)
     failed = [check for check in checks if check.status == "failed"]
     warnings = [check for check in checks if check.status == "warning"]
-    helped = remedies(arch, topology, _unplaced(layout, topology)) if failed else ()
+    helped = remedies(arch, topology, _unplaced(layout, topology), stack=question.stack) if failed else ()
     return ValidateAnswer(
         model=arch.name,
         valid=is_valid(checks),

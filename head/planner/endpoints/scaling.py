@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from common.errors import InvalidValue
+from common.errors import InvalidValue, NothingFits
 from head.planner.calibration.quantity import Quantity
 from head.planner.endpoints.base import Answer, Endpoint
 from head.planner.endpoints.layout_search import (
@@ -17,6 +17,7 @@ from head.planner.endpoints.layout_search import (
     TopologySummary,
     base_of,
     recommendations,
+    require,
     searched_view,
     topology_summary,
 )
@@ -158,7 +159,7 @@ def scaling(question: ScalingQuestion, desk: Desk) -> ScalingAnswer:
 
 
 def _best_choice(arch: Architecture, topology: Topology, base: Any, question: SearchQuestion) -> Choice:
-    return search(arch, topology, base, stack=question.stack, top=1).require()
+    return require(search(arch, topology, base, stack=question.stack, top=1))
 
 
 def _row(point: ScalingPoint) -> ScalingRow:
@@ -194,7 +195,7 @@ def largescale(question: LargescaleQuestion, desk: Desk) -> LargescaleAnswer:
     topology = _cluster(question, desk)
     base = base_of(question, topology)
     result = search(arch, topology, base, stack=question.stack, top=3, usd_per_gpu_hour=question.gpu_cost)
-    choice = result.require()
+    choice = require(result)
     best = recommendations(arch, topology, result.choices[:1], question.stack)[0]
     step = estimate_step(arch, topology, choice.layout, question.stack or "unknown")
     more: dict[str, Any] = {"storage_bytes_per_s": question.storage_gb_per_s * 1e9}
@@ -202,6 +203,13 @@ def largescale(question: LargescaleQuestion, desk: Desk) -> LargescaleAnswer:
         more["gpu_hours_per_failure"] = question.gpu_hours_per_failure
     survived = resilience(arch, topology, choice.layout, **more)
     goodput = step.tokens_per_s.value * survived.goodput_share
+    if goodput <= 0:
+        raise NothingFits(
+            f"{topology.gpus} GPUs fail every {86_400 / survived.failures_per_day:.0f} s: no checkpoint is done before",
+            hint="faster storage (storage_gb_per_s), fewer GPUs, or fewer failures (gpu_hours_per_failure)",
+            failures_per_day=survived.failures_per_day,
+            checkpoint_share=survived.checkpoint_share,
+        )
     days = 1e12 / goodput / 86_400
     gpu_hours = days * 24 * topology.gpus
     job = TrainingJob(layout=choice.layout, topology=topology, architecture=arch, name="train")

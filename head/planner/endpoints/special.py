@@ -18,6 +18,7 @@ from head.planner.endpoints.layout_search import (
     base_of,
     machine_of,
     recommendations,
+    require,
     searched_view,
     topology_summary,
 )
@@ -149,7 +150,7 @@ def moe(question: MoeQuestion, desk: Desk) -> MoeAnswer:
     part = next(group.feed_forward for group in arch.groups if group.feed_forward.kind == "moe")
     topology = machine_of(question, desk)
     result = search(arch, topology, base_of(question, topology), stack=question.stack, top=50_000)
-    choice = result.require()
+    choice = require(result)
     by_degree = _best_by(result.choices, "ep")
     best = recommendations(arch, topology, [choice], question.stack)[0]
     layout = choice.layout
@@ -217,7 +218,7 @@ def long_context(question: LongContextQuestion, desk: Desk) -> LongContextAnswer
     arch = architecture_for(question, desk)
     topology = machine_of(question, desk)
     result = search(arch, topology, base_of(question, topology), stack=question.stack, top=50_000)
-    choice = result.require()
+    choice = require(result)
     best = recommendations(arch, topology, [choice], question.stack)[0]
     by_degree = _best_by(result.choices, "cp")
     layout = choice.layout

@@ -124,7 +124,7 @@ def memory(question: MemoryQuestion, desk: Desk) -> MemoryAnswer:
     topology, layout = machine_and_layout(question, desk)
     if not question.training:
         return _inference_memory(question, arch, topology)
-    found = estimate_memory(arch, topology, layout)
+    found = estimate_memory(arch, topology, layout, stack=question.stack)
     view = memory_view(found)
     return MemoryAnswer(
         model=arch.name,
@@ -137,7 +137,7 @@ def memory(question: MemoryQuestion, desk: Desk) -> MemoryAnswer:
         fit_probability=found.fit_probability,
         breakdown=_without_total(view),
         details=_details(arch, topology, layout, found.stage),
-        savings_opportunities=_savings(arch, topology, layout, found),
+        savings_opportunities=_savings(arch, topology, layout, found, question.stack),
     )
 
 
@@ -252,7 +252,7 @@ _CHANGES: tuple[tuple[str, str, str, Change], ...] = (
 
 
 def _savings(
-    arch: Architecture, topology: Topology, layout: TrainingLayout, found: TrainingMemory
+    arch: Architecture, topology: Topology, layout: TrainingLayout, found: TrainingMemory, stack: str
 ) -> tuple[MemorySaving, ...]:
     """Every single change that saves at least a hundredth, most first."""
     rows = []
@@ -260,7 +260,7 @@ def _savings(
         changed = change(layout)
         if changed == layout:
             continue
-        saved = (found.parts.total - estimate_memory(arch, topology, changed).parts.total) / GB
+        saved = (found.parts.total - estimate_memory(arch, topology, changed, stack=stack).parts.total) / GB
         if saved > 0.01 * found.parts.total / GB:
             rows.append(MemorySaving(technique=technique, savings_gb=saved, difficulty=difficulty, impact=impact))
     return tuple(sorted(rows, key=lambda row: -row.savings_gb))
@@ -274,7 +274,7 @@ def batchsize(question: BatchsizeQuestion, desk: Desk) -> BatchsizeAnswer:
 
     def at(micro: int) -> TrainingMemory:
         if micro not in asked:
-            asked[micro] = estimate_memory(arch, topology, _with_micro(layout, micro))
+            asked[micro] = estimate_memory(arch, topology, _with_micro(layout, micro), stack=question.stack)
         return asked[micro]
 
     def fits(micro: int) -> bool:
@@ -287,7 +287,10 @@ def batchsize(question: BatchsizeQuestion, desk: Desk) -> BatchsizeAnswer:
             f" {at(1).capacity_bytes / GB:.1f} GB",
             hint="more tensor, pipeline or data parallelism with sharding, recomputation, offload or LoRA",
             breakdown=_without_total(memory_view(at(1))),
-            savings=[msgspec.structs.asdict(row) for row in _savings(arch, topology, _with_micro(layout, 1), at(1))],
+            savings=[
+                msgspec.structs.asdict(row)
+                for row in _savings(arch, topology, _with_micro(layout, 1), at(1), question.stack)
+            ],
         )
     low, high = 1, 2
     while high <= CURVE[-1] * 64 and fits(high):

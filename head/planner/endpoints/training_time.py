@@ -76,7 +76,7 @@ class EstimateQuestion(ModelQuestion, frozen=True, kw_only=True):
     throughput: Annotated[Positive, Meta(description="Tokens per second of all GPUs together.")] = 1e5
     gpus: Annotated[Count, Meta(description="GPUs.")] = 8
     gpu_cost: Annotated[float, Meta(ge=0, le=1e6, description="Dollars per GPU and hour.")] = 4.0
-    checkpoint_interval: Annotated[Positive, Meta(description="Tokens between checkpoints.")] = 1e9
+    checkpoint_interval: Annotated[float, Meta(ge=1, le=1e18, description="Tokens between checkpoints.")] = 1e9
     gpu_watts: Annotated[float, Meta(ge=0, le=1e5, description="Power of a GPU with its share of the node.")] = 1_000.0
 
 
@@ -153,7 +153,7 @@ def bottleneck(question: BottleneckQuestion, desk: Desk) -> BottleneckAnswer:
     arch = architecture_for(question, desk)
     topology, layout = machine_and_layout(question, desk)
     step = estimate_step(arch, topology, layout, question.stack)
-    memory = estimate_memory(arch, topology, layout)
+    memory = estimate_memory(arch, topology, layout, stack=question.stack)
     found = shares(step.parts)
     order = sorted(found, key=lambda name: -found[name])
     return BottleneckAnswer(

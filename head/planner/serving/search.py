@@ -46,6 +46,7 @@ class SearchSpace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     weights: tuple[str, ...] = ("",)
     kv_dtypes: tuple[str, ...] = ("",)
     engine_gpus: tuple[int, ...] = ()  # 1, 2, 4 ... up to the topology's
+    tps: tuple[int, ...] = ()  # any
     max_num_seqs: tuple[int, ...] = (64, 256, 1024)
     chunk_tokens: tuple[int, ...] = (2048, 8192)
     utilization: float = 0.0
@@ -128,6 +129,8 @@ def search_serving(
     found: list[Choice] = []
     asked = 0
     for layout, reason in layouts(arch, topology, space.engine_gpus):
+        if space.tps and layout.tp not in space.tps:
+            continue
         for settings in _variants(space, layout):
             asked += 1
             if asked > CONFIGURATIONS_LIMIT:

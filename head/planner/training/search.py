@@ -14,7 +14,7 @@ import msgspec
 
 from common.errors import NothingFits
 from head.planner.hardware.accelerators import GIB, all_accelerators
-from head.planner.hardware.topology import Topology
+from head.planner.hardware.topology import GPUS_LIMIT, Topology
 from head.planner.model.architecture import Architecture
 from head.planner.training import step_time
 from head.planner.training.checks import first_failure, memory_check
@@ -52,7 +52,7 @@ class Dropped(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Remedy(msgspec.Struct, frozen=True, kw_only=True):
-    """A change after which something fits, checked by the same memory model."""
+    """A change after which something fits, checked by the same memory model. accelerator: another than was asked for."""
 
     name: str
     message: str
@@ -60,6 +60,7 @@ class Remedy(msgspec.Struct, frozen=True, kw_only=True):
     gpus: int
     total_bytes: float
     fit_probability: float
+    accelerator: str = ""
 
 
 class SearchResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,6 +173,8 @@ def remedies(arch: Architecture, topology: Topology, base: TrainingLayout, *, st
                 continue
             found.append(_remedy(name, f"{words}{note}", best, topology.gpus))
     for factor in (2, 4, 8, 16, 32, 64, 128):
+        if topology.gpus * factor > GPUS_LIMIT:
+            break
         more = topology.with_gpus(topology.gpus * factor)
         best = _leanest(arch, more, base, stack)
         if best is not None:
@@ -324,7 +327,8 @@ def _larger_card(arch: Architecture, topology: Topology, base: TrainingLayout, s
         there = estimate_memory(arch, msgspec.structs.replace(topology, accelerator=device), layout, stack=stack)
         if there.verdict == "fits":
             words = f"{topology.gpus} x {device.name} instead of {topology.accelerator.name}"
-            return _remedy("larger_gpu", words, (layout, there), topology.gpus)
+            found = _remedy("larger_gpu", words, (layout, there), topology.gpus)
+            return msgspec.structs.replace(found, accelerator=device.name)
     return None
 
 
