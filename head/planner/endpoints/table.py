@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from head.planner.endpoints import (
     about,
+    advising,
     exporting,
     optimizing,
     recommending,
@@ -23,6 +24,7 @@ ENDPOINTS = (
     *scaling.ENDPOINTS,
     *special.ENDPOINTS,
     *serving.ENDPOINTS,
+    *advising.ENDPOINTS,
     *exporting.ENDPOINTS,
 )
 BY_PATH = {endpoint.path: endpoint for endpoint in ENDPOINTS}
