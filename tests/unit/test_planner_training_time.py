@@ -254,6 +254,24 @@ def test_offload_and_imbalance_never_make_a_step_faster() -> None:
         assert step_seconds(routed(), topology, msgspec.structs.replace(plain, **change)) > base
 
 
+def test_sharding_moves_what_each_scheme_says() -> None:
+    """FSDP over nodes uses the network for every micro-batch, HSDP once; a pipeline keeps gathered parameters."""
+    topology = topology_of_preset("H100-SXM-80GB", 64)
+    fsdp = TrainingLayout(dp=64, global_batch=256, seq=4096, sharding="fsdp")
+    whole = step_work(dense(), topology, fsdp)
+    hybrid = step_work(dense(), topology, msgspec.structs.replace(fsdp, sharding="hsdp"))
+    staged = step_work(dense(), topology, msgspec.structs.replace(fsdp, pp=4, dp=16))
+    assert whole.shard_nic_s > 0
+    assert whole.dp_nic_s == 0
+    assert hybrid.shard_nic_s == 0
+    assert 0 < hybrid.dp_nic_s < whole.shard_nic_s
+    assert hybrid.optimizer_s > whole.optimizer_s
+    assert staged.shard_nic_s == 0
+    assert staged.dp_nic_s > 0
+    plain = step_work(dense(), topology, msgspec.structs.replace(fsdp, sharding="none"))
+    assert plain.optimizer_s == pytest.approx(64 * whole.optimizer_s)
+
+
 def test_groups_lie_on_links_and_cards_as_placed() -> None:
     """A tensor-parallel group stays in a node, data parallelism with stride 8 has one member per node, an NVL72 rack
     keeps 64 ranks on its links; a domain's tokens cross the network once, not once per expert.

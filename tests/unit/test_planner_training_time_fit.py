@@ -11,8 +11,9 @@ import pytest
 pytest.importorskip("numpy")
 
 from head.planner.calibration.training_accuracy import line_of
-from head.planner.calibration.training_fit import Table, fit_table, folds, left_out
+from head.planner.calibration.training_fit import Table, fit_table, folds, left_out, refit
 from head.planner.calibration.training_rows import TrainingRow, shipped_rows
+from head.planner.training.constants import shipped
 from head.planner.training.step_time import estimate, step_seconds
 
 
@@ -48,12 +49,14 @@ def test_own_rows_are_near_rows() -> None:
     """A fit with this cluster's rows answers their configurations with what was measured, and names them as near."""
     rows = some_rows()
     own = msgspec.structs.replace(rows[5], id="own-1", source="this cluster", stack="ours", step_s=1.3 * rows[5].step_s)
-    fitted = msgspec.structs.replace(
-        fit_table(Table([*rows, own]), name="own"), extra_rows=(own,), predicted={"own-1": own.step_s}
-    )
+    fitted = refit([own], name="own", date="2026-01-01")
     found = estimate(own.architecture, own.topology(), own.layout, "ours", fitted)
     assert found.step_s.near[0].id == "own-1"
     assert abs(found.step_s.value / own.step_s - 1) < 0.15
+    before = estimate(own.architecture, own.topology(), own.layout, "ours")
+    assert found.step_s.high / found.step_s.low < before.step_s.high / before.step_s.low
+    published = estimate(own.architecture, own.topology(), own.layout, own.stack)
+    assert published.step_s.high / published.step_s.low >= math.exp(2 * shipped().site_spread) * (1 - 1e-9)
 
 
 def test_folds_keep_groups_together_and_repeat() -> None:

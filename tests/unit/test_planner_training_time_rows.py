@@ -176,5 +176,6 @@ def test_quantiles_and_bands_cover_what_they_were_made_from() -> None:
     assert found[1].high >= found[0].high
     assert band_for(found, 99.0) == found[1]
     assert band_for(found, 0.1, is_generation_known=False).high > found[1].high
+    assert band_for(found, 0.1, site_spread=0.9).low == -0.9
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert band_for((), 1.0).high > 0.3

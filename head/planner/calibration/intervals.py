@@ -29,13 +29,11 @@ def bands_of(
     residuals: Sequence[tuple[float, float]],
     edges: Sequence[float],
     coverage: float,
-    floor: float = 0.0,
     least_rows: int = 20,
 ) -> tuple[Band, ...]:
     """Bands from pairs (distance, residual in logarithm).
 
     Each band holds the residuals between two edges, and is at least as wide as the one before: farther is never surer.
-    floor: what every band has at least on both sides, in logarithm.
     """
     tail = (1.0 - coverage) / 2.0
     found: list[Band] = []
@@ -45,23 +43,29 @@ def bands_of(
         below = edge
         if len(values) < least_rows:
             continue
-        low, high = min(-floor, quantile(values, tail)), max(floor, quantile(values, 1.0 - tail))
+        low, high = min(0.0, quantile(values, tail)), max(0.0, quantile(values, 1.0 - tail))
         if found:
             low, high = min(low, found[-1].low), max(high, found[-1].high)
         found.append(Band(distance=edge, low=low, high=high, rows=len(values)))
     return tuple(found)
 
 
-def band_for(bands: Sequence[Band], distance: float, *, is_generation_known: bool = True) -> Band:
-    """The band of a distance; beyond the last one, the last."""
+def band_for(
+    bands: Sequence[Band], distance: float, *, is_generation_known: bool = True, site_spread: float = 0.0
+) -> Band:
+    """The band of a distance; beyond the last one, the last.
+
+    site_spread: half width in logarithm that it has at least, for a cluster that none of the rows came from.
+    """
     if not bands:
         return _UNKNOWN
     band = next((band for band in bands if distance <= band.distance), bands[-1])
-    if is_generation_known:
-        return band
+    wider = 1.0
+    if not is_generation_known:
+        band, wider = bands[-1], _UNSEEN_GENERATION
     return Band(
         distance=band.distance,
-        low=bands[-1].low * _UNSEEN_GENERATION,
-        high=bands[-1].high * _UNSEEN_GENERATION,
-        rows=bands[-1].rows,
+        low=min(band.low * wider, -site_spread),
+        high=max(band.high * wider, site_spread),
+        rows=band.rows,
     )

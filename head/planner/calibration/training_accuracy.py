@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from head.planner.calibration.intervals import band_for
-from head.planner.calibration.training_fit import Held, Residual, bands
+from head.planner.calibration.training_fit import Held, Residual, bands, site_spread
 from head.planner.training.constants import Band
 
 
@@ -47,24 +47,25 @@ def line_of(group: str, residuals: Sequence[Residual], intervals: Iterable[tuple
     )
 
 
-def interval(residual: Residual, found: Sequence[Band]) -> tuple[float, float]:
-    """Bounds in seconds for a left-out row."""
-    band = band_for(found, residual.distance, is_generation_known=residual.is_generation_known)
+def interval(residual: Residual, found: Sequence[Band], spread: float) -> tuple[float, float]:
+    """Bounds in seconds for a left-out row; `spread` is that between sites, 0 where rows of the same site were seen."""
+    band = band_for(found, residual.distance, is_generation_known=residual.is_generation_known, site_spread=spread)
     return residual.predicted_s * math.exp(band.low), residual.predicted_s * math.exp(band.high)
 
 
 def accuracy(held: Held) -> dict[str, list[ErrorLine]]:
     """Tables by way of leaving out: the total first, then sources. Intervals never saw the row's own source."""
     sources = sorted({residual.row.source for residual in held.sources})
-    without = {source: bands(held, source) for source in sources}
-    whole = bands(held)
+    without = {source: (bands(held, source), site_spread(held, source)) for source in sources}
+    whole = (bands(held), 0.0)
     tables = {}
     for name, residuals in (("folds", held.folds), ("models", held.models), ("sources", held.sources)):
         lines = []
         for group in ("all", *sources):
             chosen = [residual for residual in residuals if group in ("all", residual.row.source)]
             stated = [
-                interval(residual, without[residual.row.source] if name == "sources" else whole) for residual in chosen
+                interval(residual, *(without[residual.row.source] if name == "sources" else whole))
+                for residual in chosen
             ]
             lines.append(line_of(group, chosen, stated))
         tables[name] = lines

@@ -10,6 +10,7 @@ Needs numpy (the `planner` extra); estimates do not.
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,17 @@ import msgspec
 from common.errors import ExtraMissing
 from head.planner.calibration.intervals import bands_of, quantile
 from head.planner.calibration.training_features import FAR, position_of
-from head.planner.calibration.training_rows import TrainingRow
-from head.planner.training.constants import PRIORS, Band, Constants, Levels, LocalCorrection, family_of, groups_of
+from head.planner.calibration.training_rows import TrainingRow, shipped_rows
+from head.planner.training.constants import (
+    PRIORS,
+    Band,
+    Constants,
+    Levels,
+    LocalCorrection,
+    family_of,
+    groups_of,
+    shipped,
+)
 from head.planner.training.step_time import combine, work_of
 from head.planner.training.step_work import step_work
 
@@ -310,21 +320,19 @@ def bands(held: Held, without_source: str = "") -> tuple[Band, ...]:
         for residual in residuals
         if residual.row.source != without_source
     ]
-    return bands_of(pairs, EDGES, _COVERAGE_FITTED, floor=site_spread(held, without_source))
+    return bands_of(pairs, EDGES, _COVERAGE_FITTED)
 
 
 def site_spread(held: Held, without_source: str = "") -> float:
-    """How far another site with the same software is from what near rows promise, in logarithm.
+    """How far a whole source lies from what all the others say of it, in logarithm, for four sources in five.
 
-    From rows predicted without their source, but with rows of the same stack from other sources. 0.12 when no such
-    rows are left: two clusters of the same machine differ by as much.
+    Whoever asks runs on a cluster of their own: however near a published row is, its site is not theirs.
     """
-    sizes = [
-        abs(residual.log_ratio)
-        for residual in held.sources
-        if residual.distance < FAR and residual.row.source != without_source
-    ]
-    return quantile(sizes, _COVERAGE_FITTED) if len(sizes) >= 10 else 0.12
+    ratios: dict[str, list[float]] = {}
+    for residual in held.sources:
+        if residual.row.source != without_source:
+            ratios.setdefault(residual.row.source, []).append(residual.log_ratio)
+    return quantile([abs(statistics.fmean(values)) for values in ratios.values()], _COVERAGE) if ratios else 0.0
 
 
 def calibrate(rows: Sequence[TrainingRow], *, name: str, date: str) -> tuple[Constants, Held]:
@@ -333,7 +341,33 @@ def calibrate(rows: Sequence[TrainingRow], *, name: str, date: str) -> tuple[Con
     fitted = fit_table(table, name=name, date=date)
     held = hold_out(table)
     predicted = {residual.row.id: float(f"{residual.predicted_s:.5g}") for residual in held.folds}
-    return msgspec.structs.replace(fitted, bands=bands(held), predicted=predicted), held
+    found = msgspec.structs.replace(
+        fitted, bands=bands(held), site_spread=round(site_spread(held), 4), predicted=predicted
+    )
+    return found, held
+
+
+def refit(own: Sequence[TrainingRow], *, name: str, date: str) -> Constants:
+    """The shipped constants moved by this cluster's own rows, which the answer then names as near rows.
+
+    Intervals stay those of the published rows, but without the spread between sites where an own row is the nearest.
+    """
+    published, mine = [row for row in shipped_rows() if row.is_fitted], [row for row in own if row.is_fitted]
+    table = Table([*published, *mine])
+    names = {row.id for row in mine}
+    parts = [part if row.id in names else "" for row, part in zip(table.rows, folds(table.rows), strict=True)]
+    predicted = dict(shipped().predicted)
+    for part in sorted(set(parts) - {""}):
+        is_out = _numpy().array([value == part for value in parts])
+        for residual in _predict(table.take(~is_out), table.take(is_out)):
+            predicted[residual.row.id] = residual.predicted_s
+    return msgspec.structs.replace(
+        fit_table(table, name=name, date=date),
+        bands=shipped().bands,
+        site_spread=shipped().site_spread,
+        predicted=predicted,
+        extra_rows=tuple(mine),
+    )
 
 
 def _numpy() -> Any:

@@ -138,6 +138,7 @@ class Constants(msgspec.Struct, frozen=True, kw_only=True):
     constants: dict[str, Levels]
     local: LocalCorrection | None = None
     bands: tuple[Band, ...] = ()
+    site_spread: float = 0.0  # half width in logarithm that a cluster without rows of its own gets at least
     predicted: dict[str, float] = {}  # seconds by row id, when the row was left out of the fit
     extra_rows: tuple[TrainingRow, ...] = ()  # rows of this cluster, beside the shipped ones
 

@@ -17,7 +17,7 @@ import msgspec
 from head.planner.calibration.intervals import band_for
 from head.planner.calibration.near import nearest
 from head.planner.calibration.quantity import NearRow, Quantity
-from head.planner.calibration.training_features import distance_to, neighbours, position_of
+from head.planner.calibration.training_features import FAR, neighbours, position_of
 from head.planner.hardware.topology import Topology
 from head.planner.model.architecture import Architecture
 from head.planner.training.constants import Constants, family_of, groups_of, resolve, shipped
@@ -165,8 +165,12 @@ def estimate(
     seconds = math.fsum(parts.values())
     position = position_of(arch, topology, layout, stack)
     known = known_groups(arch, topology, layout, stack, fitted)
+    distance, is_own = _nearest_of_stack(position, stack, fitted)
     band = band_for(
-        fitted.bands, distance_to(position, stack, fitted.extra_rows), is_generation_known=known["generation"]
+        fitted.bands,
+        distance,
+        is_generation_known=known["generation"],
+        site_spread=0.0 if is_own else fitted.site_spread,
     )
     low, high = max(work.roofline_s, seconds * math.exp(band.low)), seconds * math.exp(band.high)
     low = min(low, seconds)
@@ -174,15 +178,15 @@ def estimate(
     tokens = float(layout.global_batch * layout.seq)
     rate = topology.accelerator.peak_flops(layout.precision) * layout.gpus
 
-    def quantity(value: float, scale: float, unit: str, convention: str = "", limit: float = math.inf) -> Quantity:
+    def quantity(scale: float, unit: str, convention: str = "", limit: float = math.inf) -> Quantity:
+        bounds = [min(scale / time, limit) for time in (seconds, high, low)]
         return Quantity(
-            value=min(value, limit),
+            value=bounds[0],
             unit=unit,
-            low=min(scale / high, limit),
-            high=min(scale / low, limit),
+            low=bounds[1],
+            high=bounds[2],
             convention=convention,
             calibration=fitted.name,
-            near=(),
         )
 
     return StepTime(
@@ -196,10 +200,10 @@ def estimate(
             near=near,
         ),
         parts=parts,
-        tokens_per_s=quantity(tokens / seconds, tokens, "tokens/s"),
-        tokens_per_s_per_gpu=quantity(tokens / seconds / layout.gpus, tokens / layout.gpus, "tokens/s/GPU"),
-        mfu=quantity(work.step_flops / rate / seconds, work.step_flops / rate, "1", MFU_CONVENTION, 1.0),
-        hfu=quantity(work.hardware_flops / rate / seconds, work.hardware_flops / rate, "1", HFU_CONVENTION, 1.0),
+        tokens_per_s=quantity(tokens, "tokens/s"),
+        tokens_per_s_per_gpu=quantity(tokens / layout.gpus, "tokens/s/GPU"),
+        mfu=quantity(work.step_flops / rate, "1", MFU_CONVENTION, 1.0),
+        hfu=quantity(work.hardware_flops / rate, "1", HFU_CONVENTION, 1.0),
         model_flops=work.step_flops,
         hardware_flops=work.hardware_flops,
         roofline_s=work.roofline_s,
@@ -253,6 +257,13 @@ def known_groups(
         "device": groups["device"] in product["device"],
         "stack": groups["stack"] in product["stack"],
     }
+
+
+def _nearest_of_stack(position: tuple[float, ...], stack: str, fitted: Constants) -> tuple[float, bool]:
+    """Distance to the nearest row of the stack, and whether it is one of this cluster's own."""
+    found = neighbours(position, family_of(stack), fitted.extra_rows)
+    row_id, distance = min(found, key=lambda pair: pair[1], default=("", FAR))
+    return distance, any(row.id == row_id for row in fitted.extra_rows)
 
 
 def _near(position: tuple[float, ...], stack: str, fitted: Constants) -> tuple[NearRow, ...]:

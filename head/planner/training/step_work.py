@@ -7,6 +7,8 @@ of the precision, HBM rate, link or network card at line rate, or a count of ker
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from head.planner.hardware.topology import Topology
@@ -277,6 +279,19 @@ def _moe_share(arch: Architecture) -> float:
     return max(chosen, 1) / max(arch.layers, 1)
 
 
+def _state_exchanges(layout: TrainingLayout, one: Exchange, trained: float) -> tuple[Exchange, Exchange]:
+    """What parameters and gradients take once a step and for each micro-batch; `one` gathers 2-byte parameters."""
+    gradients = trained * layout.grad_bytes / 2.0
+    if layout.sharding == "none":
+        return one.times(2.0 * gradients), Exchange()
+    if layout.sharding == "zero1":
+        return one.times(trained + gradients), Exchange()
+    if layout.pp > 1:
+        # Stages keep gathered parameters for all micro-batches: a gather for each would not hide (FSDP2 with PP).
+        return one.times(1.0 + gradients), Exchange()
+    return Exchange(), one.times((1.0 if layout.sharding == "zero2" else 2.0) + gradients)
+
+
 def _states(
     arch: Architecture,
     topology: Topology,
@@ -292,30 +307,26 @@ def _states(
     replicas = layout.dp * layout.cp
     expert_tp = layout.expert_tp or (layout.tp if layout.ep == 1 else 1)
     expert_replicas = max(1, round(layout.tp * replicas / (layout.ep * expert_tp)))
-    group = group_of(topology, replicas, layout.tp)
-    expert_group = group_of(topology, expert_replicas, layout.ep * expert_tp)
     found: dict[str, float] = {}
     trained = 1.0 if layout.tuning == "full" else 0.01
+    shard, expert_shard = replicas, expert_replicas
     once, often = Exchange(), Exchange()
-    is_sharded = layout.sharding in ("zero3", "fsdp", "hsdp")
+    if layout.sharding == "hsdp":
+        # States are split inside a group (a node unless told otherwise); groups add their gradient shards up.
+        wanted = layout.shard_group or max(1, topology.local_gpus // layout.tp)
+        shard, expert_shard = math.gcd(replicas, wanted), math.gcd(expert_replicas, wanted)
+        across = group_of(topology, replicas // shard, layout.tp * shard)
+        once = reduce(across, trained * layout.grad_bytes * dense / shard)
+    group = group_of(topology, shard, layout.tp)
+    expert_group = group_of(topology, expert_shard, layout.ep * expert_tp)
     for held, members in ((dense, group), (experts, expert_group)):
-        one = gather(members, held * 2.0)
-        if is_sharded and layout.pp > 1:
-            # Stages keep gathered parameters for all micro-batches: a gather each would not hide (FSDP2 with PP).
-            once = once.plus(one.times(1.0 + trained * layout.grad_bytes / 2.0))
-        elif is_sharded:
-            often = often.plus(one.times(2.0 + trained * layout.grad_bytes / 2.0))
-        elif layout.sharding == "zero2":
-            often = often.plus(one.times(1.0 + trained * layout.grad_bytes / 2.0))
-        elif layout.sharding == "zero1":
-            once = once.plus(one.times(trained * (1.0 + layout.grad_bytes / 2.0)))
-        else:
-            once = once.plus(one.times(trained * layout.grad_bytes))
+        at_end, per_batch = _state_exchanges(layout, gather(members, held * 2.0), trained)
+        once, often = once.plus(at_end), often.plus(per_batch)
     often = often.times(float(layout.microbatches))
     found["dp_link_s"], found["dp_nic_s"] = once.link_s, once.nic_s
     found["shard_link_s"], found["shard_nic_s"] = often.link_s, often.nic_s
-    sharded = 1.0 if layout.sharding == "none" else 1.0 / replicas
-    expert_sharded = 1.0 if layout.sharding == "none" else 1.0 / expert_replicas
+    sharded = 1.0 if layout.sharding == "none" else 1.0 / shard
+    expert_sharded = 1.0 if layout.sharding == "none" else 1.0 / expert_shard
     state_bytes = {"adamw_8bit": 12.0, "sgd": 18.0, "adafactor": 14.0}.get(layout.optimizer, 30.0)
     own = (dense * sharded + experts * expert_sharded) * trained
     found["optimizer_s"] = own * state_bytes / topology.accelerator.memory_bytes_per_s
