@@ -21,9 +21,7 @@ ROWS_FILE = "training_rows.json"
 
 
 class TrainingRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One published training step. `step_s` is seconds; `nic_gbit_per_s` is per GPU; `batch_is_stated` is False when
-    a rule filled in the micro-batch.
-    """
+    """One published training step. `step_s` is seconds; `nic_gbit_per_s` is per GPU, 0 when the usual one is meant."""
 
     id: str
     source: str
