@@ -6,6 +6,7 @@ The real launchers are run by benchmarks/planner_exports.py; what stands here ne
 from __future__ import annotations
 
 import ast
+import builtins
 import itertools
 import json
 import re
@@ -58,7 +59,14 @@ HOSTILE = (
 
 def job(gpus: int = 16, changes: dict[str, Any] | None = None, **layout: Any) -> TrainingJob:
     """Two nodes of eight H100, tensor parallel 4, sharded over the rest, unless said otherwise."""
-    fields = {"tp": 4, "dp": gpus // 4, "global_batch": 64, "micro_batch": 2, "sharding": "fsdp", "recompute": "full"}
+    fields: dict[str, Any] = {
+        "tp": 4,
+        "dp": gpus // 4,
+        "global_batch": 64,
+        "micro_batch": 2,
+        "sharding": "fsdp",
+        "recompute": "full",
+    }
     return TrainingJob(
         layout=TrainingLayout(**(fields | layout)),
         topology=topology_of_preset("h100", gpus, network="infiniband"),
@@ -202,7 +210,7 @@ def test_texts_that_do_not_belong_are_refused(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"dp": 3}, {"global_batch": 63}, {"tp": 16}])
-def test_a_layout_that_does_not_fit_the_machines_is_refused(wrong: dict[str, int]) -> None:
+def test_a_layout_that_does_not_fit_the_machines_is_refused(wrong: dict[str, Any]) -> None:
     """tp*pp*cp*dp must be the number of GPUs, and the batch must divide: the seed checked neither."""
     with pytest.raises(InvalidValue):
         job(**wrong)
@@ -328,11 +336,6 @@ def test_the_training_script_is_whole_and_takes_the_exported_arguments() -> None
     stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     stored |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     stored |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-    known = (
-        imported
-        | stored
-        | set(dir(__builtins__) if not isinstance(__builtins__, dict) else __builtins__)
-        | {"__doc__", "__name__"}
-    )
+    known = imported | stored | set(dir(builtins)) | {"__doc__", "__name__"}
     assert used <= known, used - known
     assert imported <= used | {"dist", "nn"}
