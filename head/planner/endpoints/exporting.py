@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from common.errors import NothingFits
+from common.errors import InvalidValue, NothingFits
 from head.planner.advice.nccl import nccl_advice
 from head.planner.endpoints.base import Answer, Endpoint
-from head.planner.endpoints.layout_search import TopologySummary, topology_summary
+from head.planner.endpoints.layout_search import TopologySummary, remedy_view, topology_summary
 from head.planner.endpoints.layouts import (
     GB,
     LayoutQuestion,
@@ -25,6 +25,7 @@ from head.planner.endpoints.questions import Count, Desk, Name, PlacedQuestion, 
 from head.planner.endpoints.training_time import shares
 from head.planner.export import accelerate, bundle, deepspeed, slurm
 from head.planner.export.job import TrainingJob
+from head.planner.hardware.topology import GPUS_LIMIT, Topology
 from head.planner.training.layout import Sharding, TrainingLayout
 from head.planner.training.memory import TrainingMemory, estimate_memory
 from head.planner.training.search import remedies
@@ -61,8 +62,8 @@ class LaunchQuestion(Question, frozen=True, kw_only=True):
     master_port: Annotated[int, Meta(ge=1024, le=65_535, description="Its port.")] = 29500
     script: Annotated[str, Meta(max_length=512, description="The training script.")] = "train.py"
     framework: Annotated[
-        Literal["", "torchrun", "deepspeed", "accelerate", "megatron"], Meta(description="Only this one.")
-    ] = ""
+        Literal["", "torchrun", "deepspeed", "accelerate", "megatron"] | None, Meta(description="Only this one.")
+    ] = None
 
 
 class LaunchAnswer(Answer, frozen=True, kw_only=True):
@@ -133,6 +134,7 @@ class ShardingQuestion(PlacedQuestion, frozen=True, kw_only=True):
 
     dp: Annotated[Count, Meta(description="Data-parallel ranks.")] = 8
     nodes: Annotated[Count, Meta(description="Nodes.")] = 1
+    gpus: Annotated[int, Meta(ge=0, le=1_024, description="GPUs of a node; 0: dp / nodes.")] = 0
     batch_size: Annotated[int, Meta(ge=1, le=1 << 20, description="Sequences of a rank.")] = 1
     seq_length: Annotated[int, Meta(ge=1, le=1 << 26, description="Tokens of a sequence.")] = 2048
     checkpointing: Annotated[Literal["none", "selective", "full"], Meta(description="Recomputation.")] = "full"
@@ -206,6 +208,8 @@ class NcclAnswer(Answer, frozen=True, kw_only=True):
 def launch(question: LaunchQuestion, desk: Desk) -> LaunchAnswer:
     """The commands for a layout that is given whole."""
     total = question.nodes * question.gpus
+    if total > GPUS_LIMIT:
+        raise InvalidValue(f"nodes: {question.nodes} x {question.gpus} GPUs are over {GPUS_LIMIT}", field="nodes")
     placed = LayoutQuestion(
         gpus=total,
         gpus_per_node=question.gpus,
@@ -226,7 +230,7 @@ def launch(question: LaunchQuestion, desk: Desk) -> LaunchAnswer:
         master_addr=question.master_addr,
         master_port=question.master_port,
     )
-    found = bundle.launch(job, question.framework)
+    found = bundle.launch(job, question.framework or "")
     return LaunchAnswer(
         commands=found["commands"], framework=found.get("framework", ""), layout=layout_name(job.layout)
     )
@@ -317,9 +321,7 @@ _STRATEGIES: tuple[tuple[str, Sharding, str, tuple[str, ...], tuple[str, ...]], 
 def sharding(question: ShardingQuestion, desk: Desk) -> ShardingAnswer:
     """Each strategy with its memory and time on the same machine."""
     arch = architecture_for(question, desk)
-    wanted = question.gpus or question.dp
-    per_node = question.gpus_per_node or max(1, -(-wanted // question.nodes))
-    topology = topology_for(msgspec.structs.replace(question, gpus=wanted, gpus_per_node=per_node), desk)
+    topology = _sharding_machine(question, desk)
     whole: TrainingMemory | None = None
     rows: list[tuple[TrainingLayout, TrainingMemory, float, float, int]] = []
     for index, (_, kind, offload, _, _) in enumerate(_STRATEGIES):
@@ -335,9 +337,10 @@ def sharding(question: ShardingQuestion, desk: Desk) -> ShardingAnswer:
             recompute=question.checkpointing,
             shard_group=topology.gpus_per_node if kind == "hsdp" else 0,
         )
-        memory = estimate_memory(arch, topology, layout)
+        stack = "fsdp" if kind in ("fsdp", "hsdp") else "deepspeed"
+        memory = estimate_memory(arch, topology, layout, stack=stack)
         whole = whole or memory
-        step = estimate_step(arch, topology, layout, "fsdp" if kind in ("fsdp", "hsdp") else "deepspeed")
+        step = estimate_step(arch, topology, layout, stack)
         rows.append((layout, memory, step.step_s.value, shares(step.parts)["communication"], index))
     assert whole is not None
     fastest = min((seconds for _, memory, seconds, _, _ in rows if memory.headroom_bytes >= 0), default=0.0)
@@ -381,7 +384,7 @@ def sharding(question: ShardingQuestion, desk: Desk) -> ShardingAnswer:
             hint="; ".join(remedy.message for remedy in helped[:3]) or "more GPUs or a smaller model",
             needed_gb={option.config.strategy: round(option.analysis.memory.total, 2) for option in options},
             memory_gb=round(topology.accelerator.visible_bytes / GB, 2),
-            remedies=[remedy.message for remedy in helped],
+            remedies=[remedy_view(remedy) for remedy in helped],
         )
     return ShardingAnswer(
         model=arch.name,
@@ -390,6 +393,22 @@ def sharding(question: ShardingQuestion, desk: Desk) -> ShardingAnswer:
         remedies=(),
         topology=topology_summary(topology),
     )
+
+
+def _sharding_machine(question: ShardingQuestion, desk: Desk) -> Topology:
+    """As many GPUs as there are ranks, on the nodes that are said. Raises: InvalidValue when they are too few."""
+    per_node = question.gpus or question.gpus_per_node or -(-question.dp // question.nodes)
+    if per_node * question.nodes < question.dp:
+        raise InvalidValue(
+            f"dp: {question.dp} ranks on {question.nodes} nodes of {per_node} GPUs",
+            field="dp",
+            hint="more nodes, or more gpus for each of them",
+        )
+    nodes = -(-question.dp // per_node)
+    if question.dp % nodes:
+        raise InvalidValue(f"dp: {question.dp} ranks do not share out over {nodes} nodes", field="dp")
+    asked = msgspec.structs.replace(question, gpus=question.dp, gpus_per_node=question.dp // nodes, mock_gpus=0)
+    return topology_for(asked, desk)
 
 
 def nccl(question: NcclQuestion, desk: Desk) -> NcclAnswer:

@@ -22,6 +22,7 @@ from head.planner.endpoints.layouts import (
     precision_of,
 )
 from head.planner.endpoints.questions import Batch, Desk, PlacedQuestion, Tokens, topology_for
+from head.planner.endpoints.serving_search import ServingChoice
 from head.planner.endpoints.training_time import shares
 from head.planner.hardware.topology import Topology
 from head.planner.model.architecture import Architecture
@@ -40,9 +41,7 @@ class SearchQuestion(PlacedQuestion, frozen=True, kw_only=True):
     batch_size: Annotated[Batch, Meta(description="Sequences of a step on each GPU's share; see global_batch.")] = 1
     global_batch: Annotated[int, Meta(ge=0, le=1 << 24, description="Sequences of a step; 0: batch_size x GPUs.")] = 0
     seq_length: Annotated[Tokens, Meta(description="Tokens of a sequence.")] = 2048
-    precision: Annotated[
-        str | None, Meta(max_length=16, description="bf16, fp16, fp8, mxfp8, nvfp4, fp32; empty: bf16.")
-    ] = None
+    precision: Annotated[str, Meta(max_length=16, description="bf16, fp16, fp8, mxfp8, nvfp4, fp32.")] | None = None
     optimizer: Annotated[str, Meta(max_length=32, description="adamw, adamw_8bit, adafactor, lion, sgd, muon, ...")] = (
         "adamw"
     )
@@ -76,7 +75,10 @@ class ChoiceAnalysis(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
-    """One layout with its reasons. `score` is 100 for the best of the answer, proportional for the others."""
+    """One layout with its reasons. `score` is 100 for the best of the answer, proportional for the others.
+
+    `serving` has the engine's settings and latencies where the question was about inference.
+    """
 
     strategy: LayoutView
     tp: int
@@ -87,6 +89,7 @@ class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
     rationale: tuple[str, ...]
     warnings: tuple[str, ...]
     optimizations: tuple[str, ...] = ()
+    serving: ServingChoice | None = None
 
 
 class DroppedView(msgspec.Struct, frozen=True, kw_only=True):

@@ -362,5 +362,6 @@ ENDPOINTS = (
         "Settings by kind of work",
         example=(("model", "llama-3.1-8b"), ("workload", "finetuning"), ("gpu", "H100"), ("gpus", 8)),
         codes=_CODES,
+        needs_model=False,
     ),
 )

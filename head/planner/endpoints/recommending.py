@@ -1,4 +1,4 @@
-"""Layouts for training: recommend, pareto, compare, autotune, validate, sharding."""
+"""Layouts of one model on one machine: recommend, autotune, validate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from common.errors import HerderError, InvalidValue
 from head.planner.endpoints.about import ArchitectureView, architecture_view
 from head.planner.endpoints.base import Answer, Endpoint
 from head.planner.endpoints.layout_search import (
@@ -26,12 +25,18 @@ from head.planner.endpoints.layout_search import (
     topology_summary,
 )
 from head.planner.endpoints.layouts import GB, LayoutQuestion, layout_name, machine_and_layout
-from head.planner.endpoints.questions import Desk, Name, architecture_for, architecture_named
+from head.planner.endpoints.questions import Desk, architecture_for
+from head.planner.endpoints.serving_layouts import (
+    search_to_serve,
+    serving_name,
+    serving_recommendations,
+    serving_searched,
+)
 from head.planner.hardware.topology import Topology
 from head.planner.model.architecture import Architecture
 from head.planner.training.checks import Check, check_layout, is_valid
 from head.planner.training.layout import TrainingLayout
-from head.planner.training.search import Choice, SearchResult, remedies, search
+from head.planner.training.search import SearchResult, remedies, search
 
 COMPARED_MODELS = 16
 PARETO_GPUS = 512
@@ -79,7 +84,7 @@ class RecommendAnswer(Answer, frozen=True, kw_only=True):
 class AutotuneQuestion(SearchQuestion, frozen=True, kw_only=True):
     """The best layout of everything that can be tried. Nothing runs: the tuner measures."""
 
-    training: Annotated[bool, Meta(description="Training; inference is what /inference and /vllm are for.")] = True
+    training: Annotated[bool, Meta(description="Training; otherwise inference.")] = True
 
 
 class Evaluated(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,82 +106,6 @@ class AutotuneAnswer(Answer, frozen=True, kw_only=True):
     evaluated_configs: tuple[Evaluated, ...]
     search_statistics: dict[str, int]
     recommendations: tuple[str, ...]
-    searched: SearchedView
-    topology: TopologySummary
-
-
-class CompareQuestion(SearchQuestion, frozen=True, kw_only=True):
-    """Several models on one machine."""
-
-    models: Annotated[list[Name], Meta(min_length=1, max_length=COMPARED_MODELS, description="Names.")]
-    training: Annotated[bool, Meta(description="Training; inference is what /inference is for.")] = True
-
-
-class Compared(msgspec.Struct, frozen=True, kw_only=True):
-    """One model of a comparison; `error` where nothing fits or the name is not known."""
-
-    model: str
-    params_b: float = 0.0
-    active_b: float = 0.0
-    best_config: str = ""
-    memory_per_gpu_gb: float = 0.0
-    throughput_tps: float = 0.0
-    cost_per_million_tokens_usd: float = 0.0
-    mfu: float = 0.0
-    score: float = 0.0
-    error: str = ""
-
-
-class CompareAnswer(Answer, frozen=True, kw_only=True):
-    """Best first; a model that fails is a row with its error."""
-
-    comparison: dict[str, Compared]
-    ranking: tuple[str, ...]
-    winner: str | None
-    topology: TopologySummary
-
-
-class ParetoQuestion(SearchQuestion, frozen=True, kw_only=True):
-    """Cost against throughput over numbers of GPUs."""
-
-    gpu_cost: Annotated[float, Meta(ge=0, le=1e6, description="Dollars per GPU and hour.")] = 4.0
-    training: Annotated[bool, Meta(description="Training; inference is what /inference is for.")] = True
-    max_gpus: Annotated[int, Meta(ge=0, le=PARETO_GPUS, description="Up to so many GPUs; 0: as the machine has.")] = 0
-
-
-class ParetoPoint(msgspec.Struct, frozen=True, kw_only=True):
-    """One layout on the front, or beside it."""
-
-    name: str
-    tp: int
-    pp: int
-    dp: int
-    num_gpus: int
-    throughput_tps: float
-    latency_ms: float
-    memory_per_gpu_gb: float
-    memory_headroom_gb: float
-    cost_per_m_tokens: float
-
-
-class ParetoRecommendation(msgspec.Struct, frozen=True, kw_only=True):
-    """The point that is best at one thing."""
-
-    objective: str
-    config: str
-    num_gpus: int
-    cost_per_m_tokens: float
-    throughput: float
-
-
-class ParetoAnswer(Answer, frozen=True, kw_only=True):
-    """Points that no other beats in cost, throughput, step time and headroom at once."""
-
-    model: str
-    analysis: dict[str, Any]
-    pareto_frontier: tuple[ParetoPoint, ...]
-    recommendations: tuple[ParetoRecommendation, ...]
-    visualization: dict[str, Any]
     searched: SearchedView
     topology: TopologySummary
 
@@ -219,16 +148,22 @@ def found_layouts(
     return result
 
 
-def recommend(question: RecommendQuestion, desk: Desk) -> Answer:
+def recommend(question: RecommendQuestion, desk: Desk) -> RecommendAnswer:
     """The layouts that a search finds best."""
-    if not question.training:
-        from head.planner.endpoints.serving import recommend_serving
-
-        return recommend_serving(question, desk)
     arch = architecture_for(question, desk)
     topology = machine_of(question, desk)
-    result = found_layouts(arch, topology, question, question.goal)
-    rows = recommendations(arch, topology, result.choices, question.stack)
+    if question.training:
+        result = found_layouts(arch, topology, question, question.goal)
+        rows = recommendations(arch, topology, result.choices, question.stack)
+        searched = searched_view(result)
+        front = tuple(layout_name(choice.layout) for choice in result.pareto[:20])
+        batch = base_of(question, topology).global_batch
+    else:
+        served = search_to_serve(arch, topology, question)
+        rows = serving_recommendations(topology, served, question, question.goal)
+        searched = serving_searched(served)
+        front = tuple(serving_name(choice) for choice in served.front[:20])
+        batch = question.batch_size
     return RecommendAnswer(
         model=ModelBlock(name=arch.name, architecture=architecture_view(arch)),
         topology=topology_summary(topology),
@@ -236,25 +171,23 @@ def recommend(question: RecommendQuestion, desk: Desk) -> Answer:
             batch_size=question.batch_size,
             seq_length=question.seq_length,
             goal=question.goal,
-            is_training=True,
-            global_batch=base_of(question, topology).global_batch,
+            is_training=question.training,
+            global_batch=batch,
         ),
         recommendations=rows,
         best_strategy=rows[0],
         best=rows[0],
-        searched=searched_view(result),
-        pareto=tuple(layout_name(choice.layout) for choice in result.pareto[:20]),
+        searched=searched,
+        pareto=front,
     )
 
 
 def autotune(question: AutotuneQuestion, desk: Desk) -> AutotuneAnswer:
     """As recommend by throughput, with more of what was tried."""
-    if not question.training:
-        raise InvalidValue(
-            "training: autotune searches training layouts", field="training", hint="ask /plan/inference or /plan/vllm"
-        )
     arch = architecture_for(question, desk)
     topology = machine_of(question, desk)
+    if not question.training:
+        return _autotune_serving(arch, topology, question)
     result = found_layouts(arch, topology, question, "throughput", top=10)
     best = recommendations(arch, topology, result.choices[:1], question.stack)[0]
     top = result.choices[0].score
@@ -290,122 +223,37 @@ def autotune(question: AutotuneQuestion, desk: Desk) -> AutotuneAnswer:
     )
 
 
-def compare(question: CompareQuestion, desk: Desk) -> CompareAnswer:
-    """The best layout of each model, and which trains fastest."""
-    topology = machine_of(question, desk)
-    rows: dict[str, Compared] = {}
-    for name in dict.fromkeys(question.models):
-        try:
-            arch = architecture_named(name, desk)
-            result = found_layouts(arch, topology, question, "throughput", top=1)
-        except HerderError as error:
-            rows[name] = Compared(model=name, error=f"{error.code}: {error.message}")
-            continue
-        best = recommendations(arch, topology, result.choices[:1], question.stack)[0]
-        view = architecture_view(arch)
-        rows[name] = Compared(
-            model=arch.name,
-            params_b=view.total_params_billion,
-            active_b=view.active_params_billion,
-            best_config=best.strategy.name,
-            memory_per_gpu_gb=best.analysis.memory_per_gpu_gb,
-            throughput_tps=best.analysis.estimated_throughput_tps,
-            cost_per_million_tokens_usd=best.analysis.cost_per_million_tokens_usd,
-            mfu=best.analysis.mfu.value,
-        )
-    fastest = max((row.throughput_tps for row in rows.values()), default=0.0)
-    scored = {
-        name: msgspec.structs.replace(row, score=100.0 * row.throughput_tps / fastest if fastest else 0.0)
-        for name, row in rows.items()
-    }
-    ranking = tuple(sorted((name for name in scored if not scored[name].error), key=lambda name: -scored[name].score))
-    return CompareAnswer(
-        comparison=scored,
-        ranking=ranking,
-        winner=ranking[0] if ranking else None,
-        topology=topology_summary(topology),
-    )
-
-
-def pareto(question: ParetoQuestion, desk: Desk) -> ParetoAnswer:
-    """The front over powers of two of GPUs, the best in each thing named."""
-    if not question.training:
-        raise InvalidValue(
-            "training: pareto searches training layouts", field="training", hint="ask /plan/inference for serving"
-        )
-    arch = architecture_for(question, desk)
-    topology = machine_of(question, desk)
-    most = question.max_gpus or topology.gpus
-    if most > topology.gpus and topology.source in ("preset", "given"):
-        topology = topology.with_gpus(most)
-    counts = sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
-    base = msgspec.structs.replace(
-        base_of(question, topology), global_batch=question.global_batch or question.batch_size * most
-    )
-    result = search(
-        arch,
-        topology,
-        base,
-        goal="throughput",
-        stack=question.stack,
-        gpu_counts=counts,
-        usd_per_gpu_hour=question.gpu_cost,
-        top=1,
-    )
-    require(result)
-    points = [_point(choice) for choice in result.pareto]
-    return ParetoAnswer(
+def _autotune_serving(arch: Architecture, topology: Topology, question: AutotuneQuestion) -> AutotuneAnswer:
+    """The best configurations of an engine by tokens per second."""
+    found = search_to_serve(arch, topology, question)
+    rows = serving_recommendations(topology, found, question, "throughput", top=10)
+    best = rows[0]
+    searched = serving_searched(found)
+    return AutotuneAnswer(
         model=arch.name,
-        analysis={
-            "gpu_hourly_cost": question.gpu_cost,
-            "num_configurations": result.examined,
-            "gpu_counts": counts,
-            "global_batch": base.global_batch,
-            "extremes": {
-                "cheapest": min(points, key=lambda point: point.cost_per_m_tokens).name,
-                "fastest": max(points, key=lambda point: point.throughput_tps).name,
-            },
+        best_config={
+            "tp": best.tp,
+            "pp": best.pp,
+            "dp": best.dp,
+            "ep": best.strategy.ep,
+            "weights": best.strategy.precision,
+            "max_num_seqs": best.serving.max_num_seqs if best.serving else 0,
         },
-        pareto_frontier=tuple(sorted(points, key=lambda point: point.cost_per_m_tokens)),
-        recommendations=(
-            _best("lowest cost", min(points, key=lambda point: point.cost_per_m_tokens)),
-            _best("highest throughput", max(points, key=lambda point: point.throughput_tps)),
-            _best("shortest step", min(points, key=lambda point: point.latency_ms)),
-            _best("most memory left", max(points, key=lambda point: point.memory_headroom_gb)),
+        best_score=best.score,
+        best=best,
+        evaluated_configs=tuple(
+            Evaluated(
+                config=f"{row.strategy.name} {row.strategy.precision}",
+                memory_gb=row.analysis.memory_per_gpu_gb,
+                throughput_tps=row.analysis.estimated_throughput_tps,
+                score=row.score,
+            )
+            for row in rows
         ),
-        visualization={
-            "x_axis": "throughput_tps",
-            "y_axis": "cost_per_m_tokens",
-            "pareto_line": [[point.throughput_tps, point.cost_per_m_tokens] for point in points],
-        },
-        searched=searched_view(result),
+        search_statistics={"total_iterations": searched.examined, "feasible": searched.feasible},
+        recommendations=(*best.rationale, "measure it: herder tune"),
+        searched=searched,
         topology=topology_summary(topology),
-    )
-
-
-def _point(choice: Choice) -> ParetoPoint:
-    layout = choice.layout
-    return ParetoPoint(
-        name=layout_name(layout),
-        tp=layout.tp,
-        pp=layout.pp,
-        dp=layout.dp,
-        num_gpus=choice.gpus,
-        throughput_tps=choice.tokens_per_s,
-        latency_ms=1e3 * choice.step_s,
-        memory_per_gpu_gb=choice.memory.parts.total / GB,
-        memory_headroom_gb=choice.memory.headroom_bytes / GB,
-        cost_per_m_tokens=choice.cost_usd,
-    )
-
-
-def _best(objective: str, point: ParetoPoint) -> ParetoRecommendation:
-    return ParetoRecommendation(
-        objective=objective,
-        config=point.name,
-        num_gpus=point.num_gpus,
-        cost_per_m_tokens=point.cost_per_m_tokens,
-        throughput=point.throughput_tps,
     )
 
 
@@ -463,26 +311,6 @@ ENDPOINTS = (
         "The best layouts for a model on a machine",
         example=(_MODEL, *_MACHINE, ("training", True), ("seq_length", 4096)),
         codes=_CODES,
-    ),
-    Endpoint(
-        "pareto",
-        "pareto",
-        ParetoQuestion,
-        ParetoAnswer,
-        pareto,
-        "Cost against throughput",
-        example=(("model", "llama-3.1-8b"), ("gpu", "H100"), ("gpus", 32), ("gpu_cost", 3.5)),
-        codes=_CODES,
-    ),
-    Endpoint(
-        "compare",
-        "compare",
-        CompareQuestion,
-        CompareAnswer,
-        compare,
-        "Several models on one machine",
-        example=(("models", ["llama-3.1-8b", "qwen3-8b"]), ("gpu", "H100"), ("gpus", 8)),
-        codes=("not_found",),
     ),
     Endpoint(
         "validate",

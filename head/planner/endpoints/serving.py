@@ -1,76 +1,50 @@
-"""Serving a model: inference, vllm, and recommend without training."""
+"""Serving a model: inference, vllm."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
-from head.planner.calibration.quantity import Quantity
-from head.planner.endpoints.about import ArchitectureView, architecture_view
 from head.planner.endpoints.base import Answer, Endpoint
 from head.planner.endpoints.layout_search import TopologySummary, topology_summary
 from head.planner.endpoints.layouts import GB
-from head.planner.endpoints.questions import Desk, PlacedQuestion, Tokens, architecture_for, topology_for
+from head.planner.endpoints.questions import Desk, PlacedQuestion, architecture_for, topology_for
+from head.planner.endpoints.serving_search import (
+    InFlight,
+    ServedTokens,
+    ServingChoice,
+    ServingDropped,
+    ServingQuestion,
+    choice_view,
+    chosen,
+    dropped_views,
+    search_for,
+    slo_of,
+    views,
+    workload_of,
+)
 from head.planner.hardware.topology import Topology
 from head.planner.model.architecture import Architecture
 from head.planner.model.parameters import count
 from head.planner.serving.batching import LoadPoint
 from head.planner.serving.engine_flags import EngineCommand, ServingSettings, engine_command
 from head.planner.serving.estimate import ServingEstimate, Workload
-from head.planner.serving.search import (
-    Choice,
-    SearchResult,
-    SearchSpace,
-    Slo,
-    largest_load,
-    load_curve,
-    search_serving,
-)
+from head.planner.serving.search import Choice, SearchResult, Slo, largest_load, load_curve
 from head.planner.serving.speculative import Speculative
-
-if TYPE_CHECKING:
-    from head.planner.endpoints.recommending import RecommendQuestion
 
 _ENGINES = {"vllm": "vllm", "sglang": "sglang", "trtllm": "tensorrt_llm", "llamacpp": "llamacpp"}
 _CURVE_REQUESTS = 200
-_SHOWN = 8
-
-
-class ServingQuestion(PlacedQuestion, frozen=True, kw_only=True):
-    """What is served to whom."""
-
-    batch_size: Annotated[
-        int, Meta(ge=1, le=1 << 20, description="Requests in flight, unless request_rate is given.")
-    ] = 1
-    seq_length: Annotated[Tokens, Meta(description="Tokens of a prompt.")] = 2048
-    max_output_length: Annotated[Tokens, Meta(description="Tokens of an answer.")] = 512
-    request_rate: Annotated[float, Meta(ge=0, le=1e6, description="Requests per second; 0: batch_size in flight.")] = (
-        0.0
-    )
-    prefix_hit: Annotated[float, Meta(ge=0, le=1, description="Share of prompts found in the prefix cache.")] = 0.0
-    latency_target_ms: Annotated[float, Meta(ge=0, le=1e9, description="Limit on the time between tokens.")] | None = (
-        None
-    )
-    ttft_target_ms: Annotated[float, Meta(ge=0, le=1e9, description="Limit on the first token.")] | None = None
-    throughput_target: Annotated[float, Meta(ge=0, le=1e12, description="Output tokens per second.")] | None = None
-    engine: Annotated[
-        Literal["vllm", "sglang", "trtllm", "llamacpp"], Meta(description="Which engine to plan for.")
-    ] = "vllm"
-    engine_version: Annotated[str, Meta(max_length=64, description="Its release, where it matters.")] = ""
-    weights: Annotated[str, Meta(max_length=16, description="bf16, fp8, nvfp4, awq, ...; empty: tried.")] = ""
-    kv_dtype: Annotated[str, Meta(max_length=16, description="bf16 or fp8; empty: the engine's default.")] = ""
-    tp: Annotated[int, Meta(ge=0, le=1_024, description="Tensor parallelism; 0: searched.")] = 0
 
 
 class VllmQuestion(PlacedQuestion, frozen=True, kw_only=True):
     """A configuration of vLLM."""
 
-    batch_size: Annotated[int, Meta(ge=1, le=1 << 20, description="Requests in flight.")] = 64
-    seq_length: Annotated[Tokens, Meta(description="Tokens of a prompt.")] = 1024
-    max_tokens: Annotated[Tokens, Meta(description="Tokens of an answer.")] = 512
+    batch_size: Annotated[InFlight, Meta(description="Requests in flight.")] = 64
+    seq_length: Annotated[ServedTokens, Meta(description="Tokens of a prompt.")] = 1024
+    max_tokens: Annotated[ServedTokens, Meta(description="Tokens of an answer.")] = 512
     request_rate: Annotated[float, Meta(ge=0, le=1e6, description="Requests per second; 0: batch_size in flight.")] = (
         0.0
     )
@@ -83,49 +57,6 @@ class VllmQuestion(PlacedQuestion, frozen=True, kw_only=True):
     weights: Annotated[str, Meta(max_length=16, description="bf16, fp8, nvfp4, awq, ...; empty: as the model is.")] = ""
     kv_dtype: Annotated[str, Meta(max_length=16, description="bf16 or fp8; empty: the engine's default.")] = ""
     port: Annotated[int, Meta(ge=1, le=65_535, description="Where it listens.")] = 8000
-
-
-class ServingChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """One configuration and how it would serve the load."""
-
-    name: str
-    objective: str
-    tp: int
-    pp: int
-    dp: int
-    ep: int
-    replicas: int
-    gpus: int
-    weights: str
-    kv_dtype: str
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    ttft_s: Quantity
-    tpot_s: Quantity
-    e2e_s: Quantity
-    output_tokens_per_s: float
-    output_tokens_per_s_per_gpu: Quantity
-    requests_per_s: float
-    concurrency: float
-    bottleneck: str
-    roofline_share: float
-    memory_gb: float
-    weights_gb: float
-    kv_gb: float
-    kv_tokens: int
-    max_concurrent: float
-    usd_per_million_tokens: float | None
-    misses: tuple[str, ...]
-    rationale: str
-    notes: tuple[str, ...]
-
-
-class ServingDropped(msgspec.Struct, frozen=True, kw_only=True):
-    """Configurations left out for one reason."""
-
-    reason: str
-    count: int
-    example: str
 
 
 class SloAnalysis(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,132 +114,6 @@ class VllmAnswer(Answer, frozen=True, kw_only=True):
     sla_analysis: SloAnalysis | None
     recommendations: tuple[str, ...]
     topology: TopologySummary
-
-
-class ServingRecommendation(Answer, frozen=True, kw_only=True):
-    """What recommend answers for inference: the front, best first by the goal."""
-
-    model: dict[str, Any]
-    architecture: ArchitectureView
-    topology: TopologySummary
-    parameters: dict[str, Any]
-    recommendations: tuple[ServingChoice, ...]
-    best_strategy: ServingChoice
-    best: ServingChoice
-    dropped: tuple[ServingDropped, ...]
-
-
-def weights_to_try(arch: Architecture, topology: Topology, given: str) -> tuple[str, ...]:
-    """As the model is, and 8-bit where the accelerator multiplies it, unless one is given."""
-    if given:
-        return (given,)
-    if arch.quantisation or not topology.accelerator.has_units_for("fp8"):
-        return ("",)
-    return ("", "fp8")
-
-
-def search_for(
-    arch: Architecture, topology: Topology, question: ServingQuestion, workload: Workload, slo: Slo
-) -> SearchResult:
-    """All configurations of the engine on the machine. Raises: NothingFits."""
-    sizes = (question.tp,) if question.tp else ()
-    is_light = question.batch_size <= 4 and not question.request_rate
-    space = SearchSpace(
-        backend=question.engine,
-        version=question.engine_version,
-        weights=weights_to_try(arch, topology, question.weights),
-        kv_dtypes=(question.kv_dtype,),
-        engine_gpus=sizes,
-        max_num_seqs=(64,) if is_light else (64, 256, 1_024),
-    )
-    return search_serving(arch, topology, workload, space, slo)
-
-
-def workload_of(question: ServingQuestion) -> Workload:
-    """The load of a question."""
-    return Workload(
-        isl=question.seq_length,
-        osl=question.max_output_length,
-        concurrency=0.0 if question.request_rate else float(question.batch_size),
-        request_rate=question.request_rate,
-        prefix_hit=question.prefix_hit,
-    )
-
-
-def slo_of(question: ServingQuestion) -> Slo:
-    """The limits of a question, in seconds."""
-    return Slo(ttft_s=(question.ttft_target_ms or 0.0) / 1e3, tpot_s=(question.latency_target_ms or 0.0) / 1e3)
-
-
-def choice_view(choice: Choice, objective: str = "") -> ServingChoice:
-    """One configuration as it is shown."""
-    found, settings = choice.estimate, choice.settings
-    layout, memory = settings.layout, settings.memory
-    return ServingChoice(
-        name=f"TP{layout.tp}_PP{layout.pp}_DP{layout.dp}_EP{layout.ep} x{choice.replicas}",
-        objective=objective,
-        tp=layout.tp,
-        pp=layout.pp,
-        dp=layout.dp,
-        ep=layout.ep,
-        replicas=choice.replicas,
-        gpus=choice.gpus,
-        weights=settings.weights or "as the model is",
-        kv_dtype=settings.kv_dtype or "the engine's default",
-        max_num_seqs=memory.max_num_seqs,
-        max_num_batched_tokens=memory.max_num_batched_tokens,
-        ttft_s=found.ttft_s,
-        tpot_s=found.tpot_s,
-        e2e_s=found.e2e_s,
-        output_tokens_per_s=choice.output_tokens_per_s,
-        output_tokens_per_s_per_gpu=found.output_tokens_per_s_per_gpu,
-        requests_per_s=found.requests_per_s * choice.replicas,
-        concurrency=found.concurrency * choice.replicas,
-        bottleneck=found.bottleneck,
-        roofline_share=found.roofline_share,
-        memory_gb=found.memory.total_bytes / GB,
-        weights_gb=found.memory.weights_bytes / GB,
-        kv_gb=found.memory.kv_bytes / GB,
-        kv_tokens=found.kv.tokens,
-        max_concurrent=found.kv.max_sequences * layout.dp * choice.replicas,
-        usd_per_million_tokens=choice.usd_per_million_tokens,
-        misses=choice.misses,
-        rationale=choice.rationale,
-        notes=found.notes,
-    )
-
-
-def chosen(result: SearchResult, slo: Slo, throughput_target: float | None, *, goal: str = "") -> Choice:
-    """By the limits where there are any, else by throughput; among those that meet all, the cheapest."""
-    good = [
-        choice
-        for choice in result.front
-        if not choice.misses and choice.output_tokens_per_s >= (throughput_target or 0.0)
-    ]
-    if goal in ("latency", "memory"):
-        return result.best[goal]
-    has_limit = bool(slo.ttft_s or slo.tpot_s or throughput_target)
-    if has_limit and good:
-        return min(good, key=lambda choice: choice.gpus / choice.output_tokens_per_s)
-    return result.best["throughput"]
-
-
-def views(result: SearchResult, best: Choice) -> tuple[ServingChoice, ...]:
-    """The chosen one, the best by each objective, then the rest of the front."""
-    rows = [choice_view(best, "chosen")]
-    names = {rows[0].name + rows[0].weights + str(rows[0].max_num_batched_tokens) + str(rows[0].max_num_seqs)}
-    for objective, choice in [*result.best.items(), *(("", choice) for choice in result.front)]:
-        view = choice_view(choice, objective)
-        key = view.name + view.weights + str(view.max_num_batched_tokens) + str(view.max_num_seqs)
-        if key not in names and len(rows) < _SHOWN:
-            names.add(key)
-            rows.append(view)
-    return tuple(rows)
-
-
-def dropped_views(result: SearchResult) -> tuple[ServingDropped, ...]:
-    """Why configurations were left out."""
-    return tuple(ServingDropped(reason=d.reason, count=d.count, example=d.example) for d in result.dropped)
 
 
 def command_of(choice: Choice, model: str, context: int, *, port: int = 8000) -> EngineCommand:
@@ -555,37 +360,6 @@ def _advice(best: Choice, command: EngineCommand) -> Iterator[str]:
     if best.estimate.is_saturated:
         yield "the load is more than the engine can run at once: requests wait"
     yield from best.estimate.notes
-
-
-def recommend_serving(question: RecommendQuestion, desk: Desk) -> ServingRecommendation:
-    """Recommend for inference: every configuration on the front, by the goal."""
-    asked = ServingQuestion(
-        **{field.name: getattr(question, field.name) for field in msgspec.structs.fields(PlacedQuestion)},
-        batch_size=question.batch_size,
-        seq_length=question.seq_length,
-        weights="" if question.precision in ("", "bf16") else question.precision,
-    )
-    arch = architecture_for(asked, desk)
-    topology = topology_for(asked, desk)
-    result = search_for(arch, topology, asked, workload_of(asked), Slo())
-    best = chosen(result, Slo(), None, goal=question.goal)
-    rows = views(result, best)
-    return ServingRecommendation(
-        model={"name": arch.name},
-        architecture=architecture_view(arch),
-        topology=topology_summary(topology),
-        parameters={
-            "batch_size": question.batch_size,
-            "seq_length": question.seq_length,
-            "max_output_length": asked.max_output_length,
-            "goal": question.goal,
-            "is_training": False,
-        },
-        recommendations=rows,
-        best_strategy=rows[0],
-        best=rows[0],
-        dropped=dropped_views(result),
-    )
 
 
 _CODES = ("model_not_found", "not_found", "nothing_fits")

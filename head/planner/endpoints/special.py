@@ -175,7 +175,7 @@ def moe(question: MoeQuestion, desk: Desk) -> MoeAnswer:
         load_balancing_loss_weight=0.01,
         memory_per_gpu_gb=choice.memory.parts.total / GB,
         communication_volume_gb=moved / GB,
-        expected_mfu=best.analysis.mfu.value,
+        expected_mfu=best.analysis.compute_efficiency,
         best=best,
         by_expert_parallelism={f"ep{ep}": row.tokens_per_s for ep, row in by_degree.items()},
         warnings=tuple(warnings),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from head.planner.endpoints import (
     about,
     advising,
+    comparing,
     exporting,
     optimizing,
     recommending,
@@ -18,6 +19,7 @@ from head.planner.endpoints import (
 ENDPOINTS = (
     *about.ENDPOINTS,
     *recommending.ENDPOINTS,
+    *comparing.ENDPOINTS,
     *training_memory.ENDPOINTS,
     *training_time.ENDPOINTS,
     *optimizing.ENDPOINTS,

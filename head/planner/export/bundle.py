@@ -91,7 +91,9 @@ def launch(job: TrainingJob, framework: str = "") -> dict[str, Any]:
         | {
             "args": megatron.arguments(job),
             "notes": megatron.notes(job),
-            "multi_node_commands": [megatron.command(job, node_rank=rank).text for rank in range(job.nodes)],
+            "multi_node_commands": [
+                megatron.command(job, node_rank=rank).text for rank in range(min(job.nodes, launchers.NODES_SHOWN))
+            ],
         },
     }
     if not framework:
@@ -119,6 +121,8 @@ def notes(job: TrainingJob) -> list[str]:
     found += [f"accelerate: {note}" for note in accelerate.notes(job)]
     found += [f"megatron: {note}" for note in megatron.notes(job)]
     layout = job.layout
+    if job.nodes > launchers.NODES_SHOWN:
+        found.append(f"commands are shown for the first {launchers.NODES_SHOWN} of {job.nodes} nodes")
     if layout.pp > 1 or layout.cp > 1:
         found.append(
             "train.py: has data, sharded and tensor parallelism; pipeline and context parallelism need Megatron"

@@ -10,6 +10,7 @@ from head.planner.advice.nccl import nccl_environment
 from head.planner.export.job import Command, TrainingJob, environment
 
 RENDEZVOUS_TIMEOUT_S = 900
+NODES_SHOWN = 64  # as commands of their own; they differ in the rank only
 
 
 def torchrun(job: TrainingJob, *, node_rank: int | None = None, extra: tuple[str, ...] = ()) -> Command:
@@ -29,8 +30,8 @@ def torchrun(job: TrainingJob, *, node_rank: int | None = None, extra: tuple[str
 
 
 def torchrun_nodes(job: TrainingJob, extra: tuple[str, ...] = ()) -> list[Command]:
-    """One command for each node, in order of rank."""
-    return [torchrun(job, node_rank=rank, extra=extra) for rank in range(job.nodes)]
+    """One command for each node, in order of rank, of the first NODES_SHOWN."""
+    return [torchrun(job, node_rank=rank, extra=extra) for rank in range(min(job.nodes, NODES_SHOWN))]
 
 
 def skeleton_args(job: TrainingJob) -> tuple[str, ...]:
