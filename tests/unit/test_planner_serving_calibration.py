@@ -55,15 +55,11 @@ def test_a_rows_degrees_become_one_engines_layout(given: dict[str, Any], expecte
 def test_a_disaggregated_row_is_read_by_its_workers() -> None:
     """Concurrency is shared by the engines of each kind; unknown numbers are said to be."""
     degrees = {f"{side}_{name}": 1 for side in ("prefill", "decode") for name in ("tp_size", "pp_size")}
-    row = {
-        "id": "x",
-        "source": "a; silicon_concurrency=120",
-        "conditions": _conditions(mode="disagg", **degrees),
-        "expected": {"ttft_ms": 10, "tpot_ms": 5},
-    }
-    assert question_of(row).mode == "disagg?"
-    row["conditions"] |= {"prefill_num_workers": 2, "decode_num_workers": 3}
-    found = question_of(row)
+    conditions = _conditions(mode="disagg", **degrees)
+    row = {"id": "x", "source": "a; silicon_concurrency=120", "expected": {"ttft_ms": 10, "tpot_ms": 5}}
+    assert question_of(row | {"conditions": conditions}).mode == "disagg?"
+    conditions |= {"prefill_num_workers": 2, "decode_num_workers": 3}
+    found = question_of(row | {"conditions": conditions})
     assert (found.mode, found.sequences, found.prompts) == ("disagg", 40.0, 60.0)
 
 

@@ -27,7 +27,7 @@ from head.planner.calibration.serving_rows import (
     topology_of,
 )
 from head.planner.serving.engine_step import device_of, precision_of
-from head.planner.serving.memory import MemorySettings, running_limit
+from head.planner.serving.memory import SLOTS_AT_MOST, MemorySettings, running_limit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +39,6 @@ NOISE_SD = 0.03  # of repeated measurements, most of them; those that differ mor
 SIGMA = 0.12  # of the physics' residuals; beyond ROBUST they count linearly
 ROBUST = 0.25
 GROUP_SD = {"format": 0.3, "generation": 0.15, "mode": 0.5}
-OFFLINE_LIMIT = 2048.0  # sequences of one attention group that offline tables run at most (the tool's default)
 
 
 class Prepared(msgspec.Struct):
@@ -91,7 +90,7 @@ def prepare(row: ServingRow) -> Prepared:
         prompt=row.isl,
         output=row.osl,
     )
-    offered = row.sequences or OFFLINE_LIMIT * row.layout.dp
+    offered = row.sequences or SLOTS_AT_MOST * row.layout.dp
     sequences = min(offered, limit) if limit > 1.0 else offered
     load = step.Load(sequences=sequences, prompt=row.isl, output=row.osl, has_prefill=not row.mode.startswith("disagg"))
     values = step.element_values(arch, row.layout, precision, device, load)

@@ -130,13 +130,6 @@ def outer(one: Block, other: Block) -> tuple[float, float]:
     return common + STACK_SD**2 * shared, LOCAL_SD**2 * local * math.exp(-apart / DEGREES_LENGTH)
 
 
-def inner(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:
-    """The kernel's part of the load: logarithms of sequences, prompt and output lengths."""
-    return math.exp(
-        -abs(one[0] - other[0]) / SEQUENCES_LENGTH - (abs(one[1] - other[1]) + abs(one[2] - other[2])) / LENGTHS_LENGTH
-    )
-
-
 def load_of(sequences: float, isl: float, osl: float) -> tuple[float, float, float]:
     """A load as a point."""
     return math.log(max(sequences, 1.0)), math.log(max(isl, 1.0)), math.log(max(osl, 1.0))
@@ -181,10 +174,12 @@ def nearness(block: Block, sequences: float, isl: float, osl: float, *, near: in
     best: list[tuple[float, int, int]] = []
     top = 0.0
     prepared = _prepared()
+    sequences_at, isl_at, osl_at = load
     for local, index in curves:
         rows = prepared[index][1]
         for position, (other, tpot_weight, ttft_weight) in enumerate(rows):
-            kernel = local * inner(load, other)
+            away = abs(isl_at - other[1]) + abs(osl_at - other[2])
+            kernel = local * math.exp(-abs(sequences_at - other[0]) / SEQUENCES_LENGTH - away / LENGTHS_LENGTH)
             tpot += kernel * tpot_weight
             ttft += kernel * ttft_weight
             if len(best) < near or kernel > best[-1][0]:

@@ -79,7 +79,7 @@ def weights_of(conditions: Mapping[str, Any]) -> str:
 
 def cache_dtype_of(weights: str, arch: Architecture) -> str:
     """Published runs of quantised checkpoints keep an 8-bit cache, as their recipes say; mxfp4 ones a 16-bit one."""
-    return "bf16" if bits_of(weights) >= 16 or arch.quantisation == "mxfp4" else "fp8"
+    return "bf16" if bits_of(arch, weights) >= 16 or arch.quantisation == "mxfp4" else "fp8"
 
 
 def question_of(row: Mapping[str, Any]) -> ServingRow:

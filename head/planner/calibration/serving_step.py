@@ -127,10 +127,15 @@ def first_guess(index: int) -> float:
 
 
 def format_of(precision: Precision) -> str:
-    """The number format that most of the matrix work has."""
-    kind = precision.experts if precision.experts != "bf16" else precision.dense
-    names = {"fp8_block": "block8", "fp8": "fp8", "w8a8": "fp8", "int8": "fp8", "nvfp4": "fp4", "fp4": "fp4"}
-    return names.get(kind, "mxfp4" if kind == "mxfp4" else ("weight4" if precision.weight_only else "bf16"))
+    """The number format that most of the matrix work has: as it is stored and as it is multiplied."""
+    bits = min(precision.expert_bits, precision.dense_bits)
+    if bits >= 16:
+        return "bf16"
+    if precision.name in ("mxfp4", "quark"):
+        return "mxfp4"
+    if precision.product == "bf16":
+        return "weight4" if bits < 7 else "weight8"
+    return {"fp8_block": "block8", "nvfp4": "fp4"}.get(precision.product, "fp8")
 
 
 def element_values(

@@ -18,26 +18,30 @@ import msgspec
 
 from head.planner.hardware.topology import Topology
 from head.planner.model.architecture import Architecture, Attention, FeedForward, LayerGroup
+from head.planner.model.dtypes import bytes_per_element
 from head.planner.model.kv_cache import index_bytes_per_token, kept_entries, layer_bytes_per_token
 from head.planner.model.parameters import layer_parameters
+from head.planner.model.weights import storage_of
 
 Backend = Literal["vllm", "sglang", "trtllm", "llamacpp", "other"]
 
-_BITS = {
-    "fp32": 32.0,
-    "bf16": 16.0,
-    "fp16": 16.0,
-    "fp8": 8.0,
-    "fp8_block": 8.0,
-    "int8": 8.0,
-    "w8a8": 8.0,
-    "nvfp4": 4.5,  # 4 bits and one fp8 scale for each 16
-    "mxfp4": 4.25,  # 4 bits and one 8-bit exponent for each 32
-    "fp4": 4.5,
-    "int4": 4.25,
-    "awq": 4.25,
-    "gptq": 4.25,
-    "nf4": 4.5,
+# Formats whose products run on units of their own; all others below 16 bits are widened before they are multiplied.
+_PRODUCTS = {
+    "fp8": "fp8",
+    "fp8_block": "fp8_block",
+    "fp8_per_tensor": "fp8",
+    "fbgemm_fp8": "fp8",
+    "modelopt": "fp8",
+    "mxfp8": "fp8",
+    "compressed-tensors": "fp8",
+    "smoothquant": "fp8",
+    "w8a8": "fp8",
+    "int8": "fp8",
+    "nvfp4": "nvfp4",
+    "fp4": "nvfp4",
+    "w4a4": "nvfp4",
+    "mxfp4": "mxfp4",
+    "quark": "mxfp4",
 }
 
 
@@ -103,14 +107,19 @@ class ServingLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class Precision(msgspec.Struct, frozen=True, kw_only=True):
-    """Kinds of numbers by operator; what multiplies as what follows from the weights' kind and the device."""
+    """How each part is stored (bits for each weight, scales included) and as what it is multiplied."""
 
-    mixer: str = "bf16"
-    dense: str = "bf16"
-    experts: str = "bf16"
-    head: str = "bf16"
+    name: str = "bf16"
+    product: str = "bf16"  # of parts stored in fewer than 16 bits: bf16, fp8, fp8_block, nvfp4, mxfp4
+    mixer_bits: float = 16.0
+    dense_bits: float = 16.0
+    expert_bits: float = 16.0
+    head_bits: float = 16.0
     kv_bytes: float = 2.0
-    weight_only: bool = False  # 4-bit weights that are multiplied as 16-bit numbers
+
+    def product_of(self, bits: float) -> str:
+        """What a part of so many bits is multiplied as."""
+        return self.product if bits < 16 else "bf16"
 
 
 class StepWork(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,30 +147,34 @@ class StepWork(msgspec.Struct, frozen=True, kw_only=True):
     sequences: float  # of one attention group
 
 
-def bits_of(kind: str) -> float:
-    """Bits for each weight, scales included."""
-    return _BITS.get(kind, 16.0)
+def precision_of(arch: Architecture, weights: str = "", kv: str = "", device: Device | None = None) -> Precision:
+    """Storage and products of a checkpoint whose format is `weights` (empty: the architecture's own).
 
-
-def precision_of(arch: Architecture, weights: str, kv: str = "", device: Device | None = None) -> Precision:
-    """Kinds of numbers of a checkpoint that is called `weights`.
-
-    mxfp4 checkpoints hold only their experts in four bits; nvfp4 ones of MLA models leave the attention in 16.
-    The head and the norms stay in 16 bits everywhere. `kv`: bf16, fp8, ...; empty: as engines choose by default.
+    kv: of keys and values; empty: 16 bits. Four-bit formats run as such where the device has units for them, else they
+    are widened to 16 bits. A checkpoint that is mxfp4 by itself stays so whatever narrow format is asked for.
+    Raises: InvalidValue for unknown formats.
     """
-    weights = weights or arch.quantisation or "bf16"
-    kv_bytes = bits_of(kv) / 8 if kv else 2.0
-    if weights == "fp32":
-        return Precision(mixer="fp32", dense="fp32", experts="fp32", head="fp32", kv_bytes=bits_of(kv or "fp32") / 8)
-    has_fp4 = device is None or device.fp4_flops > 0
-    if weights == "mxfp4" or (arch.quantisation == "mxfp4" and bits_of(weights) < 16):
-        return Precision(experts="mxfp4", kv_bytes=kv_bytes, weight_only=not has_fp4)
-    if weights in ("nvfp4", "fp4"):
-        is_mla = any(group.attention.kind in ("mla", "sparse_mla") for group in arch.groups)
-        mixer = "bf16" if is_mla else "nvfp4"
-        return Precision(mixer=mixer, dense="nvfp4", experts="nvfp4", kv_bytes=kv_bytes, weight_only=not has_fp4)
-    is_weight_only = bits_of(weights) < 8
-    return Precision(mixer=weights, dense=weights, experts=weights, kv_bytes=kv_bytes, weight_only=is_weight_only)
+    if arch.quantisation == "mxfp4" and weights not in ("bf16", "fp16", "fp32"):
+        weights = "mxfp4"
+    storage = storage_of(arch, weights)
+    product = _PRODUCTS.get(storage.name, "bf16")
+    if product in ("nvfp4", "mxfp4") and device is not None and device.fp4_flops <= 0:
+        product = "bf16"
+    return Precision(
+        name=storage.name,
+        product=product,
+        mixer_bits=8 * storage.attention,
+        dense_bits=8 * storage.dense,
+        expert_bits=8 * storage.experts,
+        head_bits=8 * storage.head,
+        kv_bytes=bytes_per_element(kv) if kv else 2.0,
+    )
+
+
+def bits_of(arch: Architecture, weights: str) -> float:
+    """Bits for each weight of most matrices in the format."""
+    storage = storage_of(arch, weights)
+    return 8 * (storage.experts if arch.is_moe else storage.dense)
 
 
 def experts_touched(experts: float, active: float, tokens: float) -> float:
@@ -245,11 +258,11 @@ def layer_work(arch: Architecture, layout: ServingLayout, precision: Precision) 
             attention.append((float(group.count), a, *_pair_flops(a, tp)))
     head = arch.vocab * arch.hidden / tp if arch.has_head else 0.0
     return LayerWork(
-        mixer_bytes=mixer * bits_of(precision.mixer) / 8,
+        mixer_bytes=mixer * precision.mixer_bits / 8,
         mixer_flops=2 * mixer,
-        dense_bytes=dense * bits_of(precision.dense) / 8,
+        dense_bytes=dense * precision.dense_bits / 8,
         dense_flops=2 * dense,
-        head_bytes=head * bits_of(precision.head) / 8,
+        head_bytes=head * precision.head_bits / 8,
         head_flops=2 * head,
         experts=tuple(experts),
         attention=tuple(attention),
@@ -288,11 +301,11 @@ def step_work(
     tokens = sequences * query_tokens + prefill_tokens / groups
     all_tokens = tokens * groups
     bw = device.memory_bw
-    rate = _rate(device, precision.mixer, precision)
-    dense_rate = _rate(device, precision.dense, precision)
+    rate = device.flops(precision.product_of(precision.mixer_bits))
+    dense_rate = device.flops(precision.product_of(precision.dense_bits))
     sampled = sequences * query_tokens + (1.0 if prefill_tokens else 0.0)
     dense_flop = work.mixer_flops * tokens / rate + work.dense_flops * tokens / dense_rate
-    dense_flop += work.head_flops * sampled / _rate(device, precision.head, precision)
+    dense_flop += work.head_flops * sampled / device.flops(precision.product_of(precision.head_bits))
     expert_bytes, expert_flops = _expert_work(work, precision, all_tokens)
     kv_bytes, attention_flops = _attention_work(
         work, layout.tp, precision, sequences, context, (prefill_tokens / groups, prefill_context), query_tokens
@@ -306,7 +319,7 @@ def step_work(
         dense_memory_s=(work.mixer_bytes + work.dense_bytes + work.head_bytes) / bw,
         dense_flop_s=dense_flop,
         expert_memory_s=expert_bytes / bw,
-        expert_flop_s=expert_flops / _rate(device, precision.experts, precision),
+        expert_flop_s=expert_flops / device.flops(precision.product_of(precision.expert_bits)),
         kv_memory_s=kv_bytes / bw,
         attention_flop_s=attention_flops / device.bf16_flops,
         state_memory_s=2 * work.state_bytes * sequences / bw,
@@ -323,13 +336,9 @@ def step_work(
     )
 
 
-def _rate(device: Device, kind: str, precision: Precision) -> float:
-    return device.bf16_flops if precision.weight_only and bits_of(kind) < 8 else device.flops(kind)
-
-
 def _expert_work(work: LayerWork, precision: Precision, tokens: float) -> tuple[float, float]:
     """Bytes of touched experts and FLOPs of their tokens on one rank."""
-    size = bits_of(precision.experts) / 8
+    size = precision.expert_bits / 8
     read = flops = 0.0
     for count, local, share, elements in work.experts:
         read += count * experts_touched(local, share * local, tokens) * elements * size

@@ -29,6 +29,7 @@ from head.planner.serving.engine_step import (
     precision_of,
 )
 from head.planner.serving.memory import (
+    SLOTS_AT_MOST,
     KvCapacity,
     MemoryParts,
     MemorySettings,
@@ -42,7 +43,6 @@ TPOT_CONVENTION = "mean time between a request's tokens after the first: (E2E - 
 TTFT_CONVENTION = "from sending to the first token, waiting for a place in the batch included"
 CALIBRATION = "serving points of vLLM, SGLang and TensorRT-LLM, 2025-08 to 2026-04; 80 % interval from cross-validation"
 TOKENS_LIMIT = 10_000_000
-SLOTS_AT_MOST = 2048  # sequences of one attention group that engines are set to at most
 SEQUENCES_LIMIT = 1_000_000
 
 
@@ -113,6 +113,8 @@ class _Question(msgspec.Struct, frozen=True):
     ttft: tuple[float, ...]
     limit: float  # sequences at once; 0: the weights do not fit and the limit is not known
     constants: step.Constants
+    prompt_s: float = 0.0  # an engine's time for one prompt, its groups and stages all at work
+    groups: float = 1.0
 
 
 class _Point(msgspec.Struct, frozen=True):
@@ -176,8 +178,8 @@ def default_kv_dtype(backend: Backend, weights: str, arch: Architecture) -> str:
     """What engines keep keys and values in by default: 16 bits, but TensorRT-LLM follows 8- and 4-bit checkpoints."""
     if arch.kv_dtype:
         return arch.kv_dtype
-    is_quantised = bits_of(weights or arch.quantisation or "bf16") <= 8 and (weights or arch.quantisation) != "mxfp4"
-    return "fp8" if backend == "trtllm" and is_quantised else "bf16"
+    is_narrow = bits_of(arch, weights) < 9 and precision_of(arch, weights).product in ("fp8", "fp8_block", "nvfp4")
+    return "fp8" if backend == "trtllm" and is_narrow else "bf16"
 
 
 def _question(
@@ -210,7 +212,7 @@ def _question(
         output=workload.osl,
     )
     family = "agg" if plan is None else mode
-    return _Question(
+    question = _Question(
         arch=arch,
         settings=settings,
         workload=workload,
@@ -222,6 +224,7 @@ def _question(
         limit=limit if limit > 1.0 else 0.0,
         constants=constants,
     )
+    return _with_prompt(question)
 
 
 def _point(q: _Question, offered: float, *, has_near: bool, correction: near.Nearness | None = None) -> _Point:
@@ -253,7 +256,8 @@ def _point(q: _Question, offered: float, *, has_near: bool, correction: near.Nea
         parts["drafting"] = whole * drafted * draft_share_of(speculative, q.arch)
     decode_s = sum(value for name, value in parts.items() if not step.is_prefill(name))
     floor = step.floor_s(values)
-    prompt_s, groups, prompts, capacity = _prefill(q, offered, sequences)
+    prompt_s = q.prompt_s
+    prompts = max(1.0, offered / max(1, plan.prefill_workers)) if plan else sequences
     found = correction
     if found is None and has_near:
         found = near.nearness(q.block, sequences, workload.isl, workload.osl)
@@ -265,8 +269,8 @@ def _point(q: _Question, offered: float, *, has_near: bool, correction: near.Nea
         output=workload.osl,
         sequences=prompts,
         prompt=workload.isl * (1 - workload.prefix_hit),
-        groups=groups,
-        offered=capacity,
+        groups=q.groups,
+        offered=prompts if plan else max(offered, sequences),
     )
     ttft = sum(wait * factor for wait, factor in zip(waits, q.ttft, strict=True)) * found.ttft
     if plan:
@@ -278,8 +282,8 @@ def _point(q: _Question, offered: float, *, has_near: bool, correction: near.Nea
     return _Point(sequences, offered, mine > min(limit, slots) * 1.0001, ttft, tpot, floor, prompt_s, parts, found)
 
 
-def _prefill(q: _Question, offered: float, sequences: float) -> tuple[float, float, float, float]:
-    """An engine's seconds for one prompt, its parallel groups, and the sequences and requests it stands before."""
+def _with_prompt(q: _Question) -> _Question:
+    """The question with the time of one prompt on the engine that prefills."""
     plan = q.settings.disaggregated
     layout = plan.prefill_layout if plan else q.settings.layout
     alone = step.Load(
@@ -292,11 +296,7 @@ def _prefill(q: _Question, offered: float, sequences: float) -> tuple[float, flo
     )
     values = step.element_values(q.arch, layout, q.precision, q.device, alone)
     prompt_s = sum(step.combine(values, q.multipliers).values())
-    groups = float(layout.dp * layout.pp)
-    if plan:
-        prompts = max(1.0, offered / max(1, plan.prefill_workers))
-        return prompt_s, groups, prompts, prompts
-    return prompt_s, groups, sequences, max(offered, sequences)
+    return msgspec.structs.replace(q, prompt_s=prompt_s, groups=float(layout.dp * layout.pp))
 
 
 def _solve(q: _Question, *, has_near: bool) -> _Point:

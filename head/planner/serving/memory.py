@@ -13,11 +13,11 @@ from typing import Literal
 
 import msgspec
 
-from head.planner.model.architecture import Architecture, Attention, LayerGroup
+from head.planner.model.architecture import Architecture, Attention
 from head.planner.model.kv_cache import index_bytes_per_token, kept_entries, layer_bytes_per_token, layer_state_bytes
-from head.planner.model.parameters import count as count_parameters
 from head.planner.model.parameters import layer_parameters
-from head.planner.serving.engine_step import Backend, Precision, ServingLayout, bits_of
+from head.planner.model.weights import weight_bytes
+from head.planner.serving.engine_step import Backend, Precision, ServingLayout
 
 GIB = 1 << 30
 
@@ -30,6 +30,9 @@ COMMUNICATOR_BYTES = 0.4 * GIB
 GRAPH_BYTES_PER_LAYER = 8 * (1 << 20)
 # Widths of temporary tensors alive at once in one layer, in units of 2-byte elements a token.
 ACTIVATION_COPIES = 4.0
+# Sequences of one attention group that engines are set to at most; offline tables fit best with it (1024: 9.0 %
+# error, 2048: 8.1 %, 4096: 7.5 %, cross-validated).
+SLOTS_AT_MOST = 4096
 USUAL_SEQUENCES = 256  # sampled at once in the profiling run when nothing is set
 LOGITS_BYTES = 6.0  # a 16-bit and a 32-bit copy for each vocabulary entry of each sampled sequence
 
@@ -61,37 +64,10 @@ class KvCapacity(msgspec.Struct, frozen=True, kw_only=True):
 
 @lru_cache(maxsize=4096)
 def weights_bytes(arch: Architecture, layout: ServingLayout, precision: Precision) -> float:
-    """Bytes of weights on the most loaded rank: the fullest stage, its share of each matrix, all of the norms."""
-    stage = math.ceil(arch.layers / layout.pp) / max(1, arch.layers)
-    layers = sum(group.count * _layer_bytes(arch, group, layout, precision) for group in arch.groups)
-    whole = count_parameters(arch)
-    size = bits_of(precision.head) / 8
-    inputs = whole.input_embedding / layout.tp * size
-    head = (whole.head or (whole.input_embedding if arch.has_head else 0)) / layout.tp * size
-    tables = max(inputs, head) if layout.pp > 1 else inputs + (0.0 if arch.is_tied else head)
-    return layers * stage + tables + (whole.positions + whole.final) * 2.0
-
-
-def _layer_bytes(arch: Architecture, group: LayerGroup, layout: ServingLayout, precision: Precision) -> float:
-    """Bytes of one layer's weights on one rank. The router stays whole and in 16 bits."""
-    whole = layer_parameters(arch, group)
-    mixer = _mixer_elements_of_rank(arch, group.attention, whole.attention, layout.tp) * bits_of(precision.mixer) / 8
-    dense = (whole.shared_experts + whole.dense_feed_forward) / layout.tp * bits_of(precision.dense) / 8
-    experts = whole.routed_experts / max(1, layout.ep) / layout.expert_tp * bits_of(precision.experts) / 8
-    return mixer + dense + experts + (whole.router + whole.norms + whole.other) * 2.0
-
-
-def _mixer_elements_of_rank(arch: Architecture, attention: Attention, whole: int, tp: int) -> float:
-    """MLA's down-projections are on every rank; key and value heads are repeated where there are fewer than ranks."""
-    hidden = arch.hidden
-    if attention.kind in ("mla", "sparse_mla"):
-        shared = hidden * (attention.q_rank + attention.kv_rank + attention.rope_dim + attention.index_dim)
-        return shared + (whole - shared) / tp
-    if attention.kind in ("full", "sliding", "chunked") and attention.kv_heads % tp:
-        width = attention.head_dim + (attention.value_dim or attention.head_dim)
-        keys = hidden * attention.kv_heads * width
-        return (whole - keys) / tp + hidden * math.ceil(attention.kv_heads / tp) * width
-    return whole / tp
+    """Bytes of weights on the most loaded rank: the fullest stage, its share of each matrix and of the experts."""
+    found = weight_bytes(arch, dtype=precision.name, tp=layout.tp, pp=layout.pp)
+    experts = found.routed_experts * layout.tp / (max(1, layout.ep) * layout.expert_tp)
+    return found.per_rank - found.routed_experts + experts
 
 
 def kv_bytes_per_token(arch: Architecture, layout: ServingLayout, precision: Precision) -> float:
