@@ -70,7 +70,7 @@ class SloAnalysis(msgspec.Struct, frozen=True, kw_only=True):
     adjustments: tuple[str, ...]
 
 
-class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
+class LoadCurvePoint(msgspec.Struct, frozen=True, kw_only=True):
     """Latency at one request rate, simulated; seconds."""
 
     offered_per_s: float
@@ -95,7 +95,7 @@ class InferenceAnswer(Answer, frozen=True, kw_only=True):
     engine: dict[str, Any]
     launch_command: str
     slo: SloAnalysis | None
-    load_curve: tuple[CurvePoint, ...]
+    load_curve: tuple[LoadCurvePoint, ...]
     summary: dict[str, float]
     dropped: tuple[ServingDropped, ...]
     topology: TopologySummary
@@ -269,8 +269,8 @@ def _speculation(arch: Architecture, topology: Topology, best: Choice, workload:
     }
 
 
-def _curve_point(point: LoadPoint) -> CurvePoint:
-    return CurvePoint(
+def _curve_point(point: LoadPoint) -> LoadCurvePoint:
+    return LoadCurvePoint(
         offered_per_s=point.offered_per_s,
         requests_per_s=point.requests_per_s,
         in_flight=point.mean_in_flight,

@@ -87,7 +87,7 @@ class MemoryAnswer(Answer, frozen=True, kw_only=True):
     savings_opportunities: tuple[MemorySaving, ...] = ()
 
 
-class CurvePoint(msgspec.Struct, frozen=True, kw_only=True):
+class BatchPoint(msgspec.Struct, frozen=True, kw_only=True):
     """Memory at one micro-batch."""
 
     batch_size: int
@@ -113,7 +113,7 @@ class BatchsizeAnswer(Answer, frozen=True, kw_only=True):
     throughput_estimate_tps: float
     recommended: RecommendedBatch
     search_iterations: int
-    memory_curve: tuple[CurvePoint, ...]
+    memory_curve: tuple[BatchPoint, ...]
     layout: LayoutView
     convention: str
 
@@ -318,7 +318,7 @@ def batchsize(question: BatchsizeQuestion, desk: Desk) -> BatchsizeAnswer:
         ),
         search_iterations=iterations,
         memory_curve=tuple(
-            CurvePoint(batch_size=size, memory_gb=at(size).parts.total / GB, fits=fits(size))
+            BatchPoint(batch_size=size, memory_gb=at(size).parts.total / GB, fits=fits(size))
             for size in CURVE
             if size <= max(8, 4 * low)
         ),
