@@ -21,8 +21,9 @@ from pathlib import Path
 from head.planner.calibration import serving_fit as fitting
 from head.planner.calibration import serving_near as near
 from head.planner.calibration import serving_step as step
+from head.planner.calibration import serving_validation as validation
 
-Outcome = fitting.Outcome
+Outcome = validation.Outcome
 DATA = Path(__file__).resolve().parent.parent / "head" / "planner" / "data"
 MODES = ("agg", "disagg", "disagg?", "offline")
 
@@ -74,13 +75,13 @@ def validate(truth: Path, *, is_quick: bool, has_write: bool) -> None:
     started = time.monotonic()
     rows = [fitting.prepare(row) for row in fitting.read_rows(truth)]
     print(f"{len(rows)} rows, {len(fitting.unique(rows))} measured points ({time.strftime('%Y-%m-%d', time.gmtime())})")
-    outcomes: dict[str, list[fitting.Outcome]] = {}
+    outcomes: dict[str, list[validation.Outcome]] = {}
     schemes: list[tuple[str, Callable[[fitting.Prepared], Hashable], int]] = [("five folds", lambda p: p.point, 5)]
     if not is_quick:
         schemes.append(("curve left out", lambda p: p.block, 5))
         schemes.append(("model left out", lambda p: p.block.dimensions, 0))
     for name, group, folds in schemes:
-        outcomes[name] = fitting.cross_validate(rows, group, folds)
+        outcomes[name] = validation.cross_validate(rows, group, folds)
         print(f"\n{name}  ({time.monotonic() - started:.0f} s)", flush=True)
         report(outcomes[name])
     pooled = [outcome for found in outcomes.values() for outcome in found]
@@ -88,9 +89,9 @@ def validate(truth: Path, *, is_quick: bool, has_write: bool) -> None:
     for quantity in ("tpot", "ttft"):
         for mode in MODES:
             mine = [outcome for outcome in pooled if outcome.row.mode == mode]
-            spread[quantity if mode == "agg" else f"{quantity}/{mode}"] = fitting.spreads(mine, quantity)
+            spread[quantity if mode == "agg" else f"{quantity}/{mode}"] = validation.spreads(mine, quantity)
     spread = {name: rows for name, rows in spread.items() if any(high > low for _, low, high in rows)}
-    table = [row for name, found in outcomes.items() for row in fitting.accuracy(name, found, spread)]
+    table = [row for name, found in outcomes.items() for row in validation.accuracy(name, found, spread)]
     print("\nmeasured values inside the stated 80 % interval")
     for row in table:
         print(f"  {row.scheme:16s} {row.mode:8s} {row.quantity}: {100 * row.inside_80:.0f} % of {row.rows}")
