@@ -98,8 +98,8 @@ class OverlapAnswer(Answer, frozen=True, kw_only=True):
 class TroubleshootQuestion(Question, frozen=True, kw_only=True):
     """An error text, a topic, or neither for the list of topics."""
 
-    error_message: Annotated[str, Meta(max_length=1 << 20, description="What the program printed.")] = ""
-    topic: Annotated[str, Meta(max_length=200, description="An id or alias, as oom.")] = ""
+    error_message: Annotated[str, Meta(max_length=1 << 20, description="What the program printed.")] | None = None
+    topic: Annotated[str, Meta(max_length=200, description="An id or alias, as oom.")] | None = None
 
 
 class TroubleshootAnswer(Answer, frozen=True, kw_only=True):
@@ -274,7 +274,7 @@ def comm_overlap(question: OverlapQuestion, desk: Desk) -> OverlapAnswer:
 
 def troubleshoot(question: TroubleshootQuestion, desk: Desk) -> TroubleshootAnswer:
     """A diagnosis by what programs really print, a topic, or the list."""
-    found = troubleshooting(question.error_message, question.topic)
+    found = troubleshooting(question.error_message or "", question.topic or "")
     topics = found.get("topics")
     return TroubleshootAnswer(
         diagnosis=found.get("diagnosis"),

@@ -21,7 +21,16 @@ from head.planner.endpoints.layouts import (
     memory_view,
     sharding_of,
 )
-from head.planner.endpoints.questions import Count, Desk, Name, PlacedQuestion, Question, architecture_for, topology_for
+from head.planner.endpoints.questions import (
+    Batch,
+    Count,
+    Desk,
+    Name,
+    PlacedQuestion,
+    Question,
+    architecture_for,
+    topology_for,
+)
 from head.planner.endpoints.training_time import shares
 from head.planner.export import accelerate, bundle, deepspeed, slurm
 from head.planner.export.job import TrainingJob
@@ -76,6 +85,9 @@ class LaunchAnswer(Answer, frozen=True, kw_only=True):
 
 class ExportQuestion(RunQuestion, frozen=True, kw_only=True):
     """Configurations, commands and files of a training."""
+
+    batch_size: Annotated[Batch, Meta(description="Sequences of one data-parallel rank in a step.")] = 1
+    sharding: Annotated[str, Meta(max_length=16, description="none, zero1, zero2, zero3, fsdp, hsdp.")] = "none"
 
     framework: Annotated[
         str,

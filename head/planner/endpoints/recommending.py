@@ -25,7 +25,7 @@ from head.planner.endpoints.layout_search import (
     topology_summary,
 )
 from head.planner.endpoints.layouts import GB, LayoutQuestion, layout_name, machine_and_layout
-from head.planner.endpoints.questions import Desk, architecture_for
+from head.planner.endpoints.questions import Batch, Desk, architecture_for
 from head.planner.endpoints.serving_layouts import (
     search_to_serve,
     serving_name,
@@ -112,6 +112,8 @@ class AutotuneAnswer(Answer, frozen=True, kw_only=True):
 
 class ValidateQuestion(LayoutQuestion, frozen=True, kw_only=True):
     """Whether one layout can run."""
+
+    batch_size: Annotated[Batch, Meta(description="Sequences of one data-parallel rank in a step.")] = 1
 
 
 class ValidateSummary(msgspec.Struct, frozen=True, kw_only=True):

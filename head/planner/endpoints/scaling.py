@@ -22,7 +22,7 @@ from head.planner.endpoints.layout_search import (
     topology_summary,
 )
 from head.planner.endpoints.layouts import GB, LayoutView, layout_name, layout_view
-from head.planner.endpoints.questions import Count, Desk, architecture_for, topology_for
+from head.planner.endpoints.questions import Batch, Count, Desk, architecture_for, topology_for
 from head.planner.endpoints.training_time import shares
 from head.planner.export import kubernetes, slurm
 from head.planner.export.job import TrainingJob
@@ -49,6 +49,7 @@ CLUSTERS: dict[str, tuple[str, int, float, str]] = {
 class ScalingQuestion(SearchQuestion, frozen=True, kw_only=True):
     """Throughput over numbers of GPUs: the same batch (strong) and a batch that grows along (weak)."""
 
+    batch_size: Annotated[Batch, Meta(description="Sequences of a step on each GPU's share; see global_batch.")] = 8
     base_gpus: Annotated[Count, Meta(description="Where the curve starts.")] = 8
     target_gpus: Annotated[Count, Meta(description="Where it ends.")] = 64
 
@@ -86,6 +87,7 @@ class ScalingAnswer(Answer, frozen=True, kw_only=True):
 class LargescaleQuestion(SearchQuestion, frozen=True, kw_only=True):
     """A long run on many nodes: layout, failures, checkpoints, cost."""
 
+    batch_size: Annotated[Batch, Meta(description="Sequences of a step on each GPU's share; see global_batch.")] = 8
     num_nodes: Annotated[Count, Meta(description="Nodes.")] = 16
     cluster_type: Annotated[
         str, Meta(max_length=32, description="nvlink_h100, dgx_cloud, aws_p5, aws_p4d, gcp_a3, azure_nd, custom.")

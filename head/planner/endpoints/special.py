@@ -24,6 +24,7 @@ from head.planner.endpoints.layout_search import (
 )
 from head.planner.endpoints.layouts import GB, layout_name
 from head.planner.endpoints.questions import (
+    Batch,
     Desk,
     Name,
     PlacedQuestion,
@@ -40,11 +41,17 @@ from head.planner.training.search import Choice, search
 from head.planner.training.step_time import estimate as estimate_step
 
 
+UPCYCLED_EXPERTS, UPCYCLED_ACTIVE = 8, 2  # of a dense model that is to become one, unless said
+
+
 class MoeQuestion(SearchQuestion, frozen=True, kw_only=True):
     """How to spread experts. num_experts and experts_per_token are for a dense model that is to become one."""
 
-    num_experts: Annotated[int, Meta(ge=0, le=65_536, description="0: as the model has.")] = 0
-    experts_per_token: Annotated[int, Meta(ge=0, le=65_536, description="0: as the model has.")] = 0
+    batch_size: Annotated[Batch, Meta(description="Sequences of a step on each GPU's share; see global_batch.")] = 8
+    num_experts: Annotated[
+        int, Meta(ge=0, le=65_536, description="Of a dense model that is to become one; 0: 8. A MoE model has its own.")
+    ] = 0
+    experts_per_token: Annotated[int, Meta(ge=0, le=65_536, description="As num_experts; 0: 2.")] = 0
 
 
 class MoeAnswer(Answer, frozen=True, kw_only=True):
@@ -188,21 +195,14 @@ def _with_experts(arch: Architecture, question: MoeQuestion) -> Architecture:
     """The model, or, for a dense one, its upcycled form: every feed-forward part `num_experts` times."""
     if arch.is_moe:
         return arch
-    if not question.num_experts or not question.experts_per_token:
-        raise InvalidValue(
-            f"{arch.name} has no experts",
-            field="model",
-            hint="num_experts and experts_per_token plan the model that it would become",
-        )
-    if question.experts_per_token > question.num_experts:
+    experts, active = question.num_experts or UPCYCLED_EXPERTS, question.experts_per_token or UPCYCLED_ACTIVE
+    if active > experts:
         raise InvalidValue("experts_per_token: more than num_experts", field="experts_per_token")
     groups = []
     for group in arch.groups:
-        part = msgspec.structs.replace(
-            group.feed_forward, kind="moe", experts=question.num_experts, active=question.experts_per_token
-        )
+        part = msgspec.structs.replace(group.feed_forward, kind="moe", experts=experts, active=active)
         groups.append(msgspec.structs.replace(group, feed_forward=part))
-    return msgspec.structs.replace(arch, name=f"{arch.name} x{question.num_experts}", groups=tuple(groups))
+    return msgspec.structs.replace(arch, name=f"{arch.name} x{experts}", groups=tuple(groups))
 
 
 def _best_by(choices: tuple[Choice, ...], field: str) -> dict[int, Choice]:
