@@ -22,6 +22,7 @@ from head.planner.endpoints.questions import (
 from head.planner.hardware.accelerators import all_accelerators
 from head.planner.hardware.topology import describe
 from head.planner.model.architecture import Architecture
+from head.planner.model.dtypes import bytes_per_element
 from head.planner.model.flops import DESCRIPTIONS, Convention, training_flops_per_token
 from head.planner.model.kv_cache import kv_cache
 from head.planner.model.parameters import count
@@ -36,6 +37,7 @@ class PlanIndex(Answer, frozen=True, kw_only=True):
     """What can be asked."""
 
     name: str = "Herder planner"
+    version: str = "1"
     description: str = "Memory, time, cost and settings of training and serving a model."
     docs: str = "/docs"
     endpoints: dict[str, str]
@@ -115,6 +117,7 @@ class ArchitectureView(msgspec.Struct, frozen=True, kw_only=True):
     max_position_embeddings: int
     num_experts: int
     num_experts_per_token: int
+    moe_layer_freq: int
     num_moe_layers: int
     attention_type: str
     total_params: int
@@ -127,6 +130,7 @@ class ArchitectureView(msgspec.Struct, frozen=True, kw_only=True):
     total_params_billion: float
     active_params_billion: float
     dtype: str
+    dtype_bytes: float
     notes: tuple[str, ...] = ()
 
 
@@ -144,12 +148,13 @@ class MemoryView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Analyze(Answer, frozen=True, kw_only=True):
-    """A model's architecture, memory and FLOPs."""
+    """A model's architecture, memory and FLOPs; memory_analysis is memory_training by its older name."""
 
     model: str
     architecture: ArchitectureView
     memory_inference: MemoryView
     memory_training: MemoryView
+    memory_analysis: MemoryView
     kv_bytes_per_token: float
     flops_per_token: dict[str, float]
 
@@ -161,6 +166,7 @@ def architecture_view(arch: Architecture) -> ArchitectureView:
     dense = max((group.feed_forward.width for group in arch.groups if group.feed_forward.kind == "dense"), default=0)
     moe = next((group.feed_forward for group in arch.groups if group.feed_forward.kind == "moe"), None)
     kinds = {group.attention.kind for group in arch.groups}
+    moe_layers = sum(group.count for group in arch.groups if group.feed_forward.kind == "moe")
     is_hybrid = bool(kinds & {"linear", "mamba"})
     kind: Any = ("hybrid_moe" if is_hybrid else "moe") if arch.is_moe else ("hybrid" if is_hybrid else "dense")
     return ArchitectureView(
@@ -177,7 +183,8 @@ def architecture_view(arch: Architecture) -> ArchitectureView:
         max_position_embeddings=arch.context,
         num_experts=moe.experts if moe else 0,
         num_experts_per_token=moe.active if moe else 0,
-        num_moe_layers=sum(group.count for group in arch.groups if group.feed_forward.kind == "moe"),
+        moe_layer_freq=round(arch.layers / moe_layers) if moe_layers else 0,
+        num_moe_layers=moe_layers,
         attention_type=_attention_type(kinds, attention.heads, attention.kv_heads),
         total_params=counted.total,
         active_params=counted.active,
@@ -189,6 +196,7 @@ def architecture_view(arch: Architecture) -> ArchitectureView:
         total_params_billion=counted.total / 1e9,
         active_params_billion=counted.active / 1e9,
         dtype=arch.weights_dtype,
+        dtype_bytes=bytes_per_element(arch.weights_dtype),
         notes=arch.notes,
     )
 
@@ -216,6 +224,16 @@ def analyze(question: AnalyzeQuestion, desk: Desk) -> Analyze:
     training = estimate_memory(arch, topology_for(PlacedQuestion(gpus=1, gpu="B300"), desk), layout)
     parts = training.parts
     named = parts.weights + parts.gradients + parts.optimizer + parts.activations
+    trained = MemoryView(
+        weights_gb=parts.weights / GB,
+        gradients_gb=parts.gradients / GB,
+        optimizer_gb=parts.optimizer / GB,
+        activations_gb=parts.activations / GB,
+        kv_cache_gb=0.0,
+        other_gb=(parts.total - named) / GB,
+        total_gb=parts.total / GB,
+        convention="bf16 with fp32 gradients and AdamW, one accelerator, flash attention, no recomputation",
+    )
     return Analyze(
         model=arch.name,
         architecture=architecture_view(arch),
@@ -229,16 +247,8 @@ def analyze(question: AnalyzeQuestion, desk: Desk) -> Analyze:
             total_gb=(weights + kv) / GB,
             convention="bf16 weights and KV cache only, one accelerator, each layer's own reach",
         ),
-        memory_training=MemoryView(
-            weights_gb=parts.weights / GB,
-            gradients_gb=parts.gradients / GB,
-            optimizer_gb=parts.optimizer / GB,
-            activations_gb=parts.activations / GB,
-            kv_cache_gb=0.0,
-            other_gb=(parts.total - named) / GB,
-            total_gb=parts.total / GB,
-            convention="bf16 with fp32 gradients and AdamW, one accelerator, flash attention, no recomputation",
-        ),
+        memory_training=trained,
+        memory_analysis=trained,
         kv_bytes_per_token=cache.bytes_per_token,
         flops_per_token={
             name: training_flops_per_token(arch, question.seq_length, cast(Convention, name)) for name in DESCRIPTIONS

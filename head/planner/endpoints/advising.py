@@ -36,15 +36,21 @@ class WhatifQuestion(LayoutQuestion, frozen=True, kw_only=True):
     current_tp: Annotated[int, Meta(ge=0, le=1_048_576, description="As tp.")] = 0
     current_pp: Annotated[int, Meta(ge=0, le=1_048_576, description="As pp.")] = 0
     current_dp: Annotated[int, Meta(ge=0, le=1_048_576, description="As dp.")] = 0
-    current_batch_size: Annotated[int, Meta(ge=0, le=1 << 24, description="Sequences of a step.")] = 0
+    current_batch_size: Annotated[int, Meta(ge=0, le=1 << 24, description="As batch_size.")] = 0
 
 
 class WhatifState(msgspec.Struct, frozen=True, kw_only=True):
     """One layout as it would run. efficiency is MFU; memory in GB of 1e9 bytes."""
 
     config: str
+    model_params_b: float
+    tp: int
+    pp: int
+    dp: int
     num_gpus: int
     gpu_type: str
+    gpu_memory_gb: float
+    batch_size: int
     global_batch: int
     seq_length: int
     precision: str
@@ -119,7 +125,7 @@ def whatif(question: WhatifQuestion, desk: Desk) -> WhatifAnswer:
         tp=question.current_tp or question.tp,
         pp=question.current_pp or question.pp,
         dp=question.current_dp or question.dp,
-        global_batch=question.current_batch_size or question.global_batch,
+        batch_size=question.current_batch_size or question.batch_size,
         micro_batch=question.micro_batch or 1,
     )
     topology, layout = machine_and_layout(asked, desk)
@@ -154,8 +160,14 @@ def _state(arch: Architecture, topology: Topology, layout: TrainingLayout, stack
     memory = estimate_memory(arch, topology, layout, stack=stack)
     return WhatifState(
         config=layout_name(layout),
+        model_params_b=count(arch).total / 1e9,
+        tp=layout.tp,
+        pp=layout.pp,
+        dp=layout.dp,
         num_gpus=layout.gpus,
         gpu_type=topology.accelerator.name,
+        gpu_memory_gb=topology.accelerator.visible_bytes / GB,
+        batch_size=layout.global_batch // layout.dp,
         global_batch=layout.global_batch,
         seq_length=layout.seq,
         precision=layout.precision,

@@ -14,11 +14,9 @@ from head.planner.endpoints.layout_search import TopologySummary, remedy_view, t
 from head.planner.endpoints.layouts import (
     GB,
     LayoutQuestion,
-    MemoryBreakdown,
     layout_name,
     layout_of,
     machine_and_layout,
-    memory_view,
     sharding_of,
 )
 from head.planner.endpoints.questions import (
@@ -35,6 +33,7 @@ from head.planner.endpoints.training_time import shares
 from head.planner.export import accelerate, bundle, deepspeed, slurm
 from head.planner.export.job import TrainingJob
 from head.planner.hardware.topology import GPUS_LIMIT, Topology
+from head.planner.model.parameters import count
 from head.planner.training.layout import Sharding, TrainingLayout
 from head.planner.training.memory import TrainingMemory, estimate_memory
 from head.planner.training.search import remedies
@@ -159,20 +158,42 @@ class ShardingConfig(msgspec.Struct, frozen=True, kw_only=True):
     zero_stage: int
     shard_size: int
     replicate_size: int
+    sharding_factor: int
     cpu_offload: bool
+    nvme_offload: bool = False
+
+
+class ShardingMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """GB of the fullest GPU; other_gb is logits, buffers, context and fragmentation."""
+
+    params_gb: float
+    gradients_gb: float
+    optimizer_gb: float
+    activations_gb: float
+    other_gb: float
+    total_gb: float
+
+
+class ShardingExchange(msgspec.Struct, frozen=True, kw_only=True):
+    """GB that each rank sends in a step by ring algorithms, and the share of the step that is waited for it."""
+
+    all_gather_gb: float
+    reduce_scatter_gb: float
+    all_reduce_gb: float
+    overhead_pct: float
 
 
 class ShardingAnalysis(msgspec.Struct, frozen=True, kw_only=True):
     """What it takes and costs, by the same models as everything else."""
 
-    memory: MemoryBreakdown
+    memory: ShardingMemory
+    communication: ShardingExchange
     verdict: str
     fit_probability: float
     headroom_gb: float
     memory_savings_factor: float
     step_s: float
     tokens_per_s: float
-    communication_overhead_pct: float
     pros: tuple[str, ...]
     cons: tuple[str, ...]
 
@@ -369,17 +390,18 @@ def sharding(question: ShardingQuestion, desk: Desk) -> ShardingAnswer:
                     zero_stage={"none": 0, "zero1": 1, "zero2": 2}.get(kind, 3),
                     shard_size=shard,
                     replicate_size=max(1, layout.dp // shard),
+                    sharding_factor=shard,
                     cpu_offload=offload != "none",
                 ),
                 analysis=ShardingAnalysis(
-                    memory=memory_view(memory),
+                    memory=_sharded_memory(memory),
+                    communication=_exchange(kind, 2.0 * count(arch).total, layout.dp, shard, 100.0 * share),
                     verdict=memory.verdict,
                     fit_probability=memory.fit_probability,
                     headroom_gb=memory.headroom_bytes / GB,
                     memory_savings_factor=whole.parts.total / memory.parts.total,
                     step_s=seconds,
                     tokens_per_s=tokens / seconds,
-                    communication_overhead_pct=100.0 * share,
                     pros=pros,
                     cons=cons,
                 ),
@@ -394,7 +416,7 @@ def sharding(question: ShardingQuestion, desk: Desk) -> ShardingAnswer:
         raise NothingFits(
             f"{arch.name} does not fit {question.dp} x {topology.accelerator.name} in any way of sharding",
             hint="; ".join(remedy.message for remedy in helped[:3]) or "more GPUs or a smaller model",
-            needed_gb={option.config.strategy: round(option.analysis.memory.total, 2) for option in options},
+            needed_gb={option.config.strategy: round(option.analysis.memory.total_gb, 2) for option in options},
             memory_gb=round(topology.accelerator.visible_bytes / GB, 2),
             remedies=[remedy_view(remedy) for remedy in helped],
         )
@@ -404,6 +426,33 @@ def sharding(question: ShardingQuestion, desk: Desk) -> ShardingAnswer:
         best=options[0],
         remedies=(),
         topology=topology_summary(topology),
+    )
+
+
+def _sharded_memory(memory: TrainingMemory) -> ShardingMemory:
+    parts = memory.parts
+    named = parts.weights + parts.gradients + parts.optimizer + parts.activations
+    return ShardingMemory(
+        params_gb=parts.weights / GB,
+        gradients_gb=parts.gradients / GB,
+        optimizer_gb=parts.optimizer / GB,
+        activations_gb=parts.activations / GB,
+        other_gb=(parts.total - named) / GB,
+        total_gb=parts.total / GB,
+    )
+
+
+def _exchange(kind: str, weights: float, ranks: int, shard: int, overhead_pct: float) -> ShardingExchange:
+    """16-bit weights and gradients over a step of one micro-batch; a ring sends (n-1)/n of the whole."""
+    part = (shard - 1) / shard if kind in ("fsdp", "hsdp", "zero3") else (ranks - 1) / ranks
+    gathers = {"none": 0.0, "zero1": 1.0, "zero2": 1.0}.get(kind, 2.0)
+    copies = ranks // shard if kind == "hsdp" else 1
+    reduced = 2.0 * weights * part if kind == "none" else 2.0 * weights / shard * (copies - 1) / copies
+    return ShardingExchange(
+        all_gather_gb=gathers * weights * part / GB,
+        reduce_scatter_gb=(0.0 if kind == "none" else weights * part) / GB,
+        all_reduce_gb=reduced / GB,
+        overhead_pct=overhead_pct,
     )
 
 

@@ -118,6 +118,9 @@ class TopologySummary(msgspec.Struct, frozen=True, kw_only=True):
     gpus_per_node: int
     nodes: int
     memory_gb: float
+    num_gpus: int
+    num_nodes: int
+    total_memory_gb: float
     notes: tuple[str, ...]
 
 
@@ -130,6 +133,9 @@ def topology_summary(topology: Topology) -> TopologySummary:
         gpus_per_node=topology.gpus_per_node,
         nodes=topology.nodes,
         memory_gb=topology.accelerator.visible_bytes / GB,
+        num_gpus=topology.gpus,
+        num_nodes=topology.nodes,
+        total_memory_gb=topology.gpus * topology.accelerator.visible_bytes / GB,
         notes=topology.notes,
     )
 

@@ -73,6 +73,7 @@ class LayoutView(msgspec.Struct, frozen=True, kw_only=True):
     micro_batch_size: int
     num_micro_batches: int
     gradient_accumulation: int
+    effective_batch_size: int
     seq_length: int
     precision: str
     sharding: str
@@ -191,6 +192,7 @@ def layout_view(layout: TrainingLayout) -> LayoutView:
         micro_batch_size=layout.micro_batch,
         num_micro_batches=layout.microbatches,
         gradient_accumulation=layout.microbatches,
+        effective_batch_size=layout.global_batch,
         seq_length=layout.seq,
         precision=layout.precision,
         sharding=layout.sharding,

@@ -31,6 +31,7 @@ from head.planner.training.search import search
 from head.planner.training.search_space import Space
 from head.planner.training.step_time import step_seconds
 
+_COMPLEXITIES = ("low", "medium", "high")
 _FIT_SHARE = 0.5  # of certainty that a changed layout must fit to be worth naming
 
 
@@ -187,7 +188,8 @@ def optimize(question: OptimizeQuestion, desk: Desk) -> OptimizeAnswer:
             precision=_precision(arch, topology, choice.layout, question.stack),
             kernels={
                 "flash_attention": {"enabled": choice.layout.has_flash_attention, "causal": arch.is_causal},
-                "fused": ["RMSNorm", "rotary embedding", "SwiGLU", "cross entropy"],
+                "fused_kernels": ["RMSNorm", "rotary embedding", "SwiGLU", "cross entropy"],
+                "custom_kernels": [],
                 "torch_compile": "worth it where launching kernels takes over a tenth of the step",
             },
             hardware_features_used=_features(topology, choice.layout),
@@ -263,6 +265,7 @@ def _compound(
         now, name, best = min(options, key=lambda option: option[0])
         names.append(name)
     before, after = (estimate_memory(arch, topology, one, stack=stack).parts.total for one in (layout, best))
+    used = [row for row in techniques if row.name in names]
     return {
         "name": " + ".join(names) or "nothing beats the layout as it is",
         "techniques": names,
@@ -271,6 +274,16 @@ def _compound(
         "total_throughput_boost_pct": 100 * (slow / now - 1),
         "step_s": now,
         "considered": len(techniques),
+        "complexity": max((row.complexity for row in used), key=_COMPLEXITIES.index, default="low"),
+        "implementation_steps": [f"{row.name}: {row.how}" for row in used],
+        "compatibility_notes": [] if after <= before else ["takes more memory than the plain layout; it fits"],
+        "config": {
+            "precision": best.precision,
+            "recompute": best.recompute,
+            "sharding": best.sharding,
+            "optimizer": best.optimizer,
+            "offload": best.offload,
+        },
     }
 
 

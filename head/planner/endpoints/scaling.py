@@ -31,6 +31,7 @@ from head.planner.model.architecture import Architecture
 from head.planner.training.resilience import Resilience, resilience
 from head.planner.training.scaling import ScalingPoint, scale
 from head.planner.training.search import Choice, search
+from head.planner.training.step_time import StepTime
 from head.planner.training.step_time import estimate as estimate_step
 
 # What the old planner called kinds of clusters: accelerator, GPUs of a node, Gbit/s of network per GPU, network.
@@ -44,6 +45,9 @@ CLUSTERS: dict[str, tuple[str, int, float, str]] = {
     "gcp_a3": ("H100-SXM-80GB", 8, 125.0, "ethernet"),
     "azure_nd": ("H100-SXM-80GB", 8, 400.0, "infiniband"),
 }
+
+
+_BOTTLENECKS = (("compute", "compute"), ("memory", "memory_access"), ("communication", "communication"))
 
 
 class ScalingQuestion(SearchQuestion, frozen=True, kw_only=True):
@@ -252,6 +256,7 @@ def largescale(question: LargescaleQuestion, desk: Desk) -> LargescaleAnswer:
         },
         best=best,
         efficiency={
+            **_efficiency(step, found, choice, gpu_hours, question.gpu_cost),
             "mfu": step.mfu.value,
             "communication_efficiency": 1.0 - found["communication"],
             "memory_efficiency": min(1.0, choice.memory.parts.total / choice.memory.capacity_bytes),
@@ -277,6 +282,24 @@ def largescale(question: LargescaleQuestion, desk: Desk) -> LargescaleAnswer:
         recommendations=(*best.optimizations, *_survival(survived)),
         searched=searched_view(result),
     )
+
+
+def _efficiency(
+    step: StepTime, found: dict[str, float], choice: Choice, gpu_hours: float, gpu_cost: float
+) -> dict[str, dict[str, float]]:
+    """The same numbers in the blocks in which the replaced planner answered them."""
+    return {
+        "efficiency": {
+            "mfu": step.mfu.value,
+            "communication_efficiency": 1.0 - found["communication"],
+            "memory_efficiency": min(1.0, choice.memory.parts.total / choice.memory.capacity_bytes),
+        },
+        "bottleneck": {f"{name}_pct": 100 * found[part] for name, part in _BOTTLENECKS},
+        "cost": {
+            "gpu_hours_per_trillion_tokens": gpu_hours,
+            "cost_per_trillion_tokens": gpu_hours * gpu_cost,
+        },
+    }
 
 
 def _survival(found: Resilience) -> tuple[str, ...]:

@@ -31,9 +31,9 @@ from head.planner.model.architecture import Architecture
 from head.planner.model.parameters import count
 from head.planner.serving.batching import LoadPoint
 from head.planner.serving.engine_flags import EngineCommand, ServingSettings, engine_command
-from head.planner.serving.estimate import ServingEstimate, Workload
+from head.planner.serving.estimate import ServingEstimate, Workload, estimate_serving
 from head.planner.serving.search import Choice, SearchResult, Slo, largest_load, load_curve
-from head.planner.serving.speculative import Speculative
+from head.planner.serving.speculative import Speculative, acceptance_of
 
 _ENGINES = {"vllm": "vllm", "sglang": "sglang", "trtllm": "tensorrt_llm", "llamacpp": "llamacpp"}
 _CURVE_REQUESTS = 200
@@ -181,12 +181,20 @@ def inference(question: ServingQuestion, desk: Desk) -> InferenceAnswer:
         model={"name": arch.name, "parameters_billions": count(arch).total / 1e9},
         best=choice_view(best, "chosen"),
         options=views(result, best),
-        quantization=_quantization(arch, best, plain),
+        quantization=_quantization(arch, result, best, plain),
         kv_cache=_kv(best),
         speculative_decoding=_speculation(arch, topology, best, share),
         engine={
             "engine": command.engine,
             "version": command.version,
+            "performance": {
+                "throughput_tps": best.output_tokens_per_s,
+                "latency_ms": 1e3 * best.estimate.e2e_s.value,
+                "memory_gb": best.estimate.memory.total_bytes / GB,
+            },
+            "config": _settings(best),
+            "features": ["paged attention", "chunked prefill", "prefix caching"],
+            "limitations": list(best.estimate.notes),
             "launch_command": command.text,
             "argv": list(command.argv),
             "files": command.files,
@@ -209,6 +217,18 @@ def inference(question: ServingQuestion, desk: Desk) -> InferenceAnswer:
     )
 
 
+def _settings(best: Choice) -> dict[str, Any]:
+    layout, memory = best.settings.layout, best.settings.memory
+    return {
+        "tensor_parallel_size": layout.tp,
+        "pipeline_parallel_size": layout.pp,
+        "data_parallel_size": layout.dp,
+        "max_num_seqs": memory.max_num_seqs,
+        "max_num_batched_tokens": memory.max_num_batched_tokens,
+        "replicas": best.replicas,
+    }
+
+
 def _reduction(best: Choice, plain: float) -> float:
     """How much smaller the weights are than in 16 bits, per cent."""
     held = best.estimate.memory.weights_bytes * best.settings.layout.tp * best.settings.layout.pp
@@ -217,43 +237,60 @@ def _reduction(best: Choice, plain: float) -> float:
 
 def _speedup(result: SearchResult, best: Choice) -> float:
     """Tokens per second and GPU over those of the best with the weights as they are."""
-    plain = [choice for choice in result.front if not choice.settings.weights]
-    if not plain or not best.settings.weights:
-        return 1.0
-    other = max(choice.output_tokens_per_s / choice.gpus for choice in plain)
-    return (best.output_tokens_per_s / best.gpus) / other
+    other = _unquantised(result) if best.settings.weights else None
+    return _per_gpu(best) / _per_gpu(other) if other else 1.0
 
 
-def _quantization(arch: Architecture, best: Choice, plain: float) -> dict[str, Any]:
-    method = best.settings.weights or arch.quantisation or arch.weights_dtype
+def _quantization(arch: Architecture, result: SearchResult, best: Choice, plain: float) -> dict[str, Any]:
+    """The weights' format, and what it does against the weights as they are on the same machine."""
+    chosen_by_us = best.settings.weights
+    method = chosen_by_us or arch.quantisation or arch.weights_dtype
+    held = best.estimate.memory.weights_bytes * best.settings.layout.tp * best.settings.layout.pp
+    other = _unquantised(result) if chosen_by_us else None
     return {
         "method": method,
+        "bits": round(16 * held / plain, 1),
         "memory_reduction_pct": _reduction(best, plain),
-        "rationale": "the search tried it beside the weights as they are"
-        if best.settings.weights
-        else "as the model is",
+        "throughput_change_pct": 100 * (_per_gpu(best) / _per_gpu(other) - 1) if other else 0.0,
+        "latency_change_pct": 100 * (best.estimate.e2e_s.value / other.estimate.e2e_s.value - 1) if other else 0.0,
+        "accuracy_impact": "evaluate it against the 16-bit model" if chosen_by_us else "none",
+        "config": {"quantization": chosen_by_us} if chosen_by_us else {},
+        "requirements": [f"an accelerator with units for {chosen_by_us}"] if chosen_by_us else [],
+        "rationale": "the search tried it beside the weights as they are" if chosen_by_us else "as the model is",
     }
+
+
+def _per_gpu(choice: Choice) -> float:
+    return choice.output_tokens_per_s / choice.gpus
+
+
+def _unquantised(result: SearchResult) -> Choice | None:
+    """The best of the front with the weights as they are."""
+    plain = [choice for choice in result.front if not choice.settings.weights]
+    return max(plain, key=_per_gpu) if plain else None
 
 
 def _kv(best: Choice) -> dict[str, Any]:
     found, memory = best.estimate.kv, best.settings.memory
     return {
         "paged_attention": True,
+        "kv_cache_dtype": best.settings.kv_dtype or "auto",
         "block_size": found.block_tokens,
         "blocks": found.blocks,
         "max_num_seqs": memory.max_num_seqs,
+        "max_model_len": found.context,
         "max_concurrent_at_context": found.max_sequences * best.settings.layout.dp,
-        "context": found.context,
-        "per_token_bytes": found.bytes_per_token,
-        "reserved_per_token_bytes": found.reserved_bytes_per_token,
-        "total_kv_cache_gb": found.bytes / GB,
+        "memory": {
+            "per_token_bytes": found.bytes_per_token,
+            "reserved_per_token_bytes": found.reserved_bytes_per_token,
+            "total_kv_cache_gb": found.bytes / GB,
+        },
+        "config": {"gpu_memory_utilization": memory.utilization or 0.9, "block_size": found.block_tokens},
     }
 
 
 def _speculation(arch: Architecture, topology: Topology, best: Choice, workload: Workload) -> dict[str, Any]:
     """What drafting would do at this load: multi-token prediction where the model has it, else n-grams."""
-    from head.planner.serving.estimate import estimate_serving
-
     kind: Literal["mtp", "ngram"] = "mtp" if arch.mtp_layers else "ngram"
     drafting = Speculative(kind=kind, drafted=1 if kind == "mtp" else 3)
     settings = msgspec.structs.replace(best.settings, speculative=drafting)
@@ -262,10 +299,14 @@ def _speculation(arch: Architecture, topology: Topology, best: Choice, workload:
     return {
         "enabled": speedup > 1.05,
         "method": kind,
+        "draft_model": None,
+        "draft_model_params_b": None,
         "drafted_tokens": drafting.drafted,
+        "acceptance_rate": acceptance_of(drafting),
         "expected_speedup": speedup,
         "tpot_s": found.tpot_s.value,
-        "note": "at the kind's usual acceptance; measure it on your prompts",
+        "config": {"method": kind, "num_speculative_tokens": drafting.drafted},
+        "trade_offs": ["at the kind's usual acceptance: measure it on your prompts", "pays at small batches"],
     }
 
 
@@ -318,6 +359,12 @@ def vllm(question: VllmQuestion, desk: Desk) -> VllmAnswer:
             "enable_chunked_prefill": True,
             "quantization": best.settings.weights or None,
             "enforce_eager": False,
+            "speculative_model": None,
+            "num_speculative_tokens": 0,
+            "enable_lora": False,
+            "max_loras": None,
+            "max_lora_rank": None,
+            "disable_log_stats": False,
             "replicas": best.replicas,
         },
         launch_command=command.text,

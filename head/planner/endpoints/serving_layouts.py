@@ -105,6 +105,7 @@ def _layout(choice: Choice, question: SearchQuestion) -> LayoutView:
         micro_batch_size=math.ceil(question.batch_size / (layout.dp * choice.replicas)),
         num_micro_batches=1,
         gradient_accumulation=1,
+        effective_batch_size=question.batch_size,
         seq_length=question.seq_length,
         precision=choice.settings.weights or "bf16",
         sharding="none",

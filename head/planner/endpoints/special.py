@@ -40,7 +40,6 @@ from head.planner.training.post_training import RECIPES, PostTrainingPlan, plan
 from head.planner.training.search import Choice, search
 from head.planner.training.step_time import estimate as estimate_step
 
-
 UPCYCLED_EXPERTS, UPCYCLED_ACTIVE = 8, 2  # of a dense model that is to become one, unless said
 
 
@@ -275,6 +274,7 @@ def rl(question: RlQuestion, desk: Desk) -> RlAnswer:
             {
                 "algorithm": name,
                 "memory_gb_per_gpu": other.total.value / GB,
+                "memory_multiplier": other.total.value / found.total.value,
                 "verdict": other.verdict,
                 "step_s": other.step_s.value,
                 "samples_per_s": other.samples_per_s,
@@ -309,9 +309,16 @@ def rl(question: RlQuestion, desk: Desk) -> RlAnswer:
         memory_plan=found,
         training_config={
             "algorithm": found.algorithm,
-            "parallelism": {"actor_tp": found.layout.tp, "actor_pp": found.layout.pp, "dp": found.layout.dp},
+            "parallelism": {
+                "actor_tp": found.layout.tp,
+                "actor_pp": found.layout.pp,
+                "critic_tp": found.layout.tp,
+                "critic_pp": found.layout.pp,
+                "dp": found.layout.dp,
+            },
             "reference_strategy": found.reference_strategy,
             "use_peft": found.layout.tuning != "full",
+            "peft_config": {"r": found.layout.lora_rank} if found.layout.tuning != "full" else None,
             "micro_batch_size": found.layout.micro_batch,
             "global_batch_size": found.layout.global_batch,
         },

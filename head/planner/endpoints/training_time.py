@@ -50,7 +50,7 @@ class BottleneckQuestion(LayoutQuestion, frozen=True, kw_only=True):
 
 
 class BottleneckAnswer(Answer, frozen=True, kw_only=True):
-    """Shares of the step's time; `time_breakdown` sums to 1, utilisations are in [0, 1]."""
+    """Shares of the step's time; `time_breakdown` sums to 1 (other: launches), utilisations are in [0, 1]."""
 
     model: str
     primary_bottleneck: str
@@ -167,7 +167,7 @@ def bottleneck(question: BottleneckQuestion, desk: Desk) -> BottleneckAnswer:
             "communication": found["communication"],
             "memory_bandwidth": _bandwidth_share(step),
         },
-        time_breakdown=found,
+        time_breakdown={"other" if name == "overhead" else name: share for name, share in found.items()},
         parts_s=step.parts,
         step_s=step.step_s,
         tokens_per_s=step.tokens_per_s,
