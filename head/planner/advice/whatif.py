@@ -219,6 +219,8 @@ def _set(field: str, value: str, text: str) -> Change:
     """A field set to a word or a whole number."""
     if field == "sharding" and value in ("0", "1", "2", "3"):
         value = "none" if value == "0" else f"zero{value}"
+    if field == "gpus" and not value[:1].isdigit():
+        field = "accelerator"  # "gpu=b200"
     if field == "accelerator":
         found = find_accelerator(value)
         if found is None:

@@ -9,11 +9,14 @@ from typing import Any, Literal
 import msgspec
 
 from common.errors import HerderError, Internal, InvalidRequest, InvalidValue
+from head.planner.calibration.active import Active, using
 from head.planner.endpoints.questions import Desk, Question
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """Root of the answers."""
+    """Root of the answers. `calibration` names the cluster's own one that was used; empty: the shipped one alone."""
+
+    calibration: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +40,8 @@ class Endpoint:
     needs_model: bool = True
 
 
-def ask(endpoint: Endpoint, body: bytes | dict[str, Any], desk: Desk) -> Answer:
-    """Decodes a question strictly and answers it.
+def ask(endpoint: Endpoint, body: bytes | dict[str, Any], desk: Desk, own: Active | None = None) -> Answer:
+    """Decodes a question strictly and answers it, with the cluster's own calibration where there is one.
 
     Raises: InvalidRequest (no JSON), InvalidValue (a field), NotFound (a name), Conflict (nothing fits).
     """
@@ -53,7 +56,11 @@ def ask(endpoint: Endpoint, body: bytes | dict[str, Any], desk: Desk) -> Answer:
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {str(error)[:200]}") from None
     try:
-        return endpoint.answer(question, desk)
+        with using(own):
+            answer = endpoint.answer(question, desk)
+        if own is None:
+            return answer
+        return msgspec.structs.replace(answer, calibration=f"{own.name}{' (' + own.note + ')' if own.note else ''}")
     except HerderError:
         raise
     except (ArithmeticError, LookupError, ValueError, RecursionError) as error:

@@ -191,6 +191,7 @@ class ShardingAnalysis(msgspec.Struct, frozen=True, kw_only=True):
     verdict: str
     fit_probability: float
     headroom_gb: float
+    host_memory_gb_per_node: float
     memory_savings_factor: float
     step_s: float
     tokens_per_s: float
@@ -376,7 +377,7 @@ def sharding(question: ShardingQuestion, desk: Desk) -> ShardingAnswer:
         step = estimate_step(arch, topology, layout, stack)
         rows.append((layout, memory, step.step_s.value, shares(step.parts)["communication"], index))
     assert whole is not None
-    fastest = min((seconds for _, memory, seconds, _, _ in rows if memory.headroom_bytes >= 0), default=0.0)
+    fastest = min((seconds for _, memory, seconds, _, _ in rows if _holds(topology, memory)), default=0.0)
     options = []
     for layout, memory, seconds, share, index in rows:
         name, kind, offload, pros, cons = _STRATEGIES[index]
@@ -399,13 +400,14 @@ def sharding(question: ShardingQuestion, desk: Desk) -> ShardingAnswer:
                     verdict=memory.verdict,
                     fit_probability=memory.fit_probability,
                     headroom_gb=memory.headroom_bytes / GB,
+                    host_memory_gb_per_node=memory.host_bytes * topology.local_gpus / GB,
                     memory_savings_factor=whole.parts.total / memory.parts.total,
                     step_s=seconds,
                     tokens_per_s=tokens / seconds,
                     pros=pros,
                     cons=cons,
                 ),
-                score=100.0 * fastest / seconds * memory.fit_probability if memory.headroom_bytes >= 0 else 0.0,
+                score=100.0 * fastest / seconds * memory.fit_probability if _holds(topology, memory) else 0.0,
                 deepspeed_config=deepspeed.config(job),
                 fsdp_config=accelerate.fsdp(job),
             )
@@ -427,6 +429,12 @@ def sharding(question: ShardingQuestion, desk: Desk) -> ShardingAnswer:
         remedies=(),
         topology=topology_summary(topology),
     )
+
+
+def _holds(topology: Topology, memory: TrainingMemory) -> bool:
+    """Whether GPU and host have room; the host's memory counts where it is known."""
+    host = memory.host_bytes * topology.local_gpus
+    return memory.headroom_bytes >= 0 and (not topology.cpu_memory_bytes or host <= topology.cpu_memory_bytes)
 
 
 def _sharded_memory(memory: TrainingMemory) -> ShardingMemory:

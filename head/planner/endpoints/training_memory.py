@@ -12,6 +12,7 @@ from msgspec import Meta
 from common.errors import NothingFits
 from head.planner.calibration.quantity import Quantity
 from head.planner.endpoints.base import Answer, Endpoint
+from head.planner.endpoints.layout_search import TopologySummary, topology_summary
 from head.planner.endpoints.layouts import (
     GB,
     LayoutQuestion,
@@ -116,6 +117,7 @@ class BatchsizeAnswer(Answer, frozen=True, kw_only=True):
     memory_curve: tuple[BatchPoint, ...]
     layout: LayoutView
     convention: str
+    topology: TopologySummary
 
 
 def memory(question: MemoryQuestion, desk: Desk) -> MemoryAnswer:
@@ -323,6 +325,7 @@ def batchsize(question: BatchsizeQuestion, desk: Desk) -> BatchsizeAnswer:
             if size <= max(8, 4 * low)
         ),
         layout=layout_view(_with_micro(layout, low)),
+        topology=topology_summary(topology),
         convention="micro-batch of one data-parallel rank; pipelines run as many as they have stages; recommended: "
         "fits with the probability that the verdict `fits` stands for",
     )
