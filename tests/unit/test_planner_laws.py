@@ -1,4 +1,4 @@
-"""Laws between the planner's answers: what is recommended is valid, parts sum, nothing beats linear, more is not less."""
+"""Laws between the answers of the planner: the recommended is valid, parts sum, nothing beats linear scaling."""
 
 from __future__ import annotations
 
