@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from herder.cli import output, plan_view
+from herder.cli import output, plan_calibrate, plan_view
 from herder.cli.command import Globals, HerderCommand, HerderGroup, pass_globals
 from herder.errors import HerderApiError
 
@@ -37,7 +37,7 @@ class PlanGroup(HerderGroup):
         """The endpoints' verbs in the table's order, then what only the command line has."""
         from head.planner.endpoints.table import BY_VERB
 
-        return [*BY_VERB, *self.commands]
+        return list(dict.fromkeys([*BY_VERB, *self.commands]))
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The verb's command, made from its question."""
@@ -71,6 +71,9 @@ def command() -> None:
     """
 
 
+command.add_command(plan_calibrate.calibrate)
+
+
 def _command(endpoint: Endpoint) -> click.Command:
     """The command of one endpoint: the model as argument, every other field as an option."""
     parameters: list[click.Parameter] = []
@@ -79,6 +82,8 @@ def _command(endpoint: Endpoint) -> click.Command:
         if parameter is not None:
             parameters.append(parameter)
     parameters.append(click.Option(["--cluster"], is_flag=True, help="Ask the head: its inventory, its models."))
+    help_ = "A file of herder plan calibrate; 'none': only the shipped one. [the default file, if it is there]"
+    parameters.append(click.Option(["--calibration"], metavar="FILE", help=help_))
     return HerderCommand(
         endpoint.verb,
         params=parameters,
@@ -99,11 +104,14 @@ def _help(endpoint: Endpoint) -> str:
 
 def _callback(endpoint: Endpoint) -> Callable[..., None]:
     @pass_globals
-    def run(options: Globals, /, cluster: bool, **values: Any) -> None:
+    def run(options: Globals, /, cluster: bool, calibration: str | None, **values: Any) -> None:
+        if cluster and calibration:
+            raise click.UsageError("--calibration is for answers of this machine; a head has its own")
         question = {name: value for name, value in values.items() if value is not None and value != ()}
         _read_config(question)
-        answer = _by_head(options, endpoint, question) if cluster else _by_ourselves(endpoint, question)
-        output.emit(options, answer, plan_view.render(answer, options))
+        answer = _by_head(options, endpoint, question) if cluster else _by_ourselves(endpoint, question, calibration)
+        view = plan_calibrate.accuracy_view if endpoint.path == "accuracy" else plan_view.render
+        output.emit(options, answer, view(answer, options))
 
     return run
 
@@ -125,13 +133,14 @@ def _read_config(question: dict[str, Any]) -> None:
     question |= {"config": config, "model": path.resolve().parent.name or "config.json"}
 
 
-def _by_ourselves(endpoint: Endpoint, question: dict[str, Any]) -> Any:
+def _by_ourselves(endpoint: Endpoint, question: dict[str, Any], calibration: str | None = None) -> Any:
     """The answer of the planner in this process, with this machine's own GPUs as inventory."""
+    own = plan_calibrate.own_calibration(calibration)
     from common.errors import HerderError
     from head.planner.endpoints.base import ask
 
     try:
-        return msgspec.to_builtins(ask(endpoint, question, _own_desk(endpoint, question)))
+        return msgspec.to_builtins(ask(endpoint, question, _own_desk(endpoint, question), own))
     except HerderError as error:
         raise HerderApiError(
             error.code, error.message, hint=error.hint, details=error.details, status=error.status

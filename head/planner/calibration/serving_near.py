@@ -15,6 +15,7 @@ from importlib import resources
 
 import msgspec
 
+from head.planner.calibration.active import active
 from head.planner.calibration.quantity import NearRow
 from head.planner.model.architecture import Architecture
 from head.planner.model.parameters import count
@@ -188,16 +189,64 @@ def nearness(block: Block, sequences: float, isl: float, osl: float, *, near: in
                 del best[near:]
         top = max(top, best[0][0] if best else 0.0)
     memory = shipped_memory()
-    found = tuple(
+    found = [
         (kernel / LOCAL_SD**2, memory.curves[index][0], memory.curves[index][1][position])
         for kernel, index, position in best
-    )
+    ]
+    if (own := active()) is not None and own.curves:
+        tpot, ttft, found = _with_own(own.curves, block, load, (tpot, ttft, found[:near]))
+        found, top = found[:near], max([top, *(LOCAL_SD**2 * kernel for kernel, _, _ in found)])
     return Nearness(
         tpot=math.exp(max(-0.7, min(0.7, tpot))),
         ttft=math.exp(max(-1.2, min(1.2, ttft))),
         similarity=top / LOCAL_SD**2,
-        near=found,
+        near=tuple(found),
     )
+
+
+# What all points of one engine on one device share on a cluster of its own: its hosts, its network, its power limits.
+CLUSTER_SD = 0.10
+OWN_LIMIT = 0.6  # in logarithm: a cluster's own points move an estimate by less than a factor of two
+OWN = "own:"  # ids of a cluster's own points begin with this
+
+
+@lru_cache(maxsize=4096)
+def own_outer(one: Block, other: Block) -> tuple[float, float]:
+    """As `outer`, with what the cluster's points share."""
+    stack, local = outer(one, other)
+    if one.backend == other.backend and one.device == other.device:
+        stack += CLUSTER_SD**2
+    return stack, local
+
+
+def load_likeness(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:
+    """The kernel's part of the load, 1 for equal ones."""
+    away = abs(one[1] - other[1]) + abs(one[2] - other[2])
+    return math.exp(-abs(one[0] - other[0]) / SEQUENCES_LENGTH - away / LENGTHS_LENGTH)
+
+
+Near = tuple[float, Block, Point]
+
+
+def _with_own(
+    curves: tuple[tuple[Block, tuple[Point, ...]], ...],
+    block: Block,
+    load: tuple[float, float, float],
+    shipped: tuple[float, float, list[Near]],
+) -> tuple[float, float, list[Near]]:
+    """The corrections and the nearest points of the shipped points, with those of the cluster's own."""
+    tpot = ttft = 0.0
+    found = list(shipped[2])
+    for other, points in curves:
+        stack, local = own_outer(block, other)
+        for point in points:
+            kernel = local * load_likeness(load, load_of(point.sequences, point.isl, point.osl))
+            tpot += (stack + kernel) * point.tpot_weight
+            ttft += (stack + kernel) * point.ttft_weight
+            found.append((kernel / LOCAL_SD**2, other, point))
+    found.sort(key=lambda item: -item[0])
+    limited = [max(-OWN_LIMIT, min(OWN_LIMIT, value)) for value in (tpot, ttft)]
+    return shipped[0] + limited[0], shipped[1] + limited[1], found
 
 
 def near_rows(found: Nearness, quantity: str) -> tuple[NearRow, ...]:
@@ -209,5 +258,6 @@ def near_rows(found: Nearness, quantity: str) -> tuple[NearRow, ...]:
         if measured <= 0:
             continue
         distance = round(-math.log(max(min(kernel, 1.0), 1e-9)), 4)
-        rows.append(NearRow(id=point.id, source=source, measured=measured, predicted=round(base, 9), distance=distance))
+        where = "this cluster" if point.id.startswith(OWN) else source
+        rows.append(NearRow(id=point.id, source=where, measured=measured, predicted=round(base, 9), distance=distance))
     return tuple(rows)

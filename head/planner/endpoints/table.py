@@ -5,6 +5,7 @@ from __future__ import annotations
 from head.planner.endpoints import (
     about,
     advising,
+    calibrating,
     comparing,
     exporting,
     optimizing,
@@ -28,6 +29,7 @@ ENDPOINTS = (
     *serving.ENDPOINTS,
     *advising.ENDPOINTS,
     *exporting.ENDPOINTS,
+    *calibrating.ENDPOINTS,
 )
 BY_PATH = {endpoint.path: endpoint for endpoint in ENDPOINTS}
 BY_VERB = {endpoint.verb: endpoint for endpoint in ENDPOINTS if endpoint.verb}

@@ -15,6 +15,7 @@ from importlib import resources
 
 import msgspec
 
+from head.planner.calibration.active import active
 from head.planner.calibration.training_rows import TrainingRow
 from head.planner.hardware.accelerators import Accelerator, canonical_precision
 from head.planner.model.architecture import Architecture
@@ -148,6 +149,12 @@ def shipped() -> Constants:
     """The constants that ship."""
     data = resources.files("head.planner").joinpath("data", CONSTANTS_FILE).read_bytes()
     return msgspec.json.decode(data, type=Constants)
+
+
+def current() -> Constants:
+    """The constants that count now: those with the cluster's own rows while its calibration is in use."""
+    own = active()
+    return (own.training if own is not None else None) or shipped()
 
 
 def family_of(stack: str) -> str:

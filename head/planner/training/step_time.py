@@ -20,7 +20,7 @@ from head.planner.calibration.quantity import NearRow, Quantity
 from head.planner.calibration.training_features import FAR, neighbours, position_of
 from head.planner.hardware.topology import Topology
 from head.planner.model.architecture import Architecture
-from head.planner.training.constants import Constants, family_of, groups_of, resolve, shipped
+from head.planner.training.constants import Constants, current, family_of, groups_of, resolve
 from head.planner.training.layout import TrainingLayout
 from head.planner.training.step_work import StepWork, step_work
 
@@ -145,7 +145,7 @@ def step_seconds(
     fitted: Constants | None = None,
 ) -> float:
     """Seconds of a step: `estimate(...).step_s.value` without what surrounds it. For searches."""
-    fitted = fitted or shipped()
+    fitted = fitted or current()
     parts, _, _ = _parts(arch, topology, layout, stack, fitted)
     return math.fsum(parts.values())
 
@@ -160,7 +160,7 @@ def estimate(
     """One step of `layout` for `arch` on `topology` by the software `stack`, optionally with a release
     ("megatron-bridge@26.04"). An unknown stack or device is answered with the global constants and a wider interval.
     """
-    fitted = fitted or shipped()
+    fitted = fitted or current()
     parts, work, factor = _parts(arch, topology, layout, stack, fitted)
     seconds = math.fsum(parts.values())
     position = position_of(arch, topology, layout, stack)
