@@ -52,8 +52,16 @@ class DoorConfig(Group, frozen=True):
 
     connections_max: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0  # 0: two thirds of the descriptors
     connections_per_address_max: Annotated[int, msgspec.Meta(ge=0, le=10_000_000)] = 0  # 0: half of connections_max
-    header_timeout_s: Seconds = limits.HEADER_READ_S  # for the first request's line and headers, and for a TLS handshake
+    header_timeout_s: Seconds = (
+        limits.HEADER_READ_S
+    )  # for the first request's line and headers, and for a TLS handshake
     keep_alive_s: Seconds = limits.KEEP_ALIVE_IDLE_S  # for the next request on a connection
+
+
+class PlannerConfig(Group, frozen=True):
+    """The planner. `calibration`: a file of `herder plan calibrate` below the state directory; empty: none is read."""
+
+    calibration: str = "planner-calibration.json"
 
 
 class HeadConfig(Group, frozen=True):
@@ -68,6 +76,7 @@ class HeadConfig(Group, frozen=True):
     recipes_dir: str = ""  # empty: the recipes that come with Herder
     door: DoorConfig = DoorConfig()
     gateway: GatewayConfig = GatewayConfig()
+    planner: PlannerConfig = PlannerConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
 
@@ -75,6 +84,11 @@ class HeadConfig(Group, frozen=True):
     def state_path(self) -> Path:
         """The state directory."""
         return Path(self.state_dir) if self.state_dir else default_state_dir("head")
+
+    @property
+    def calibration_path(self) -> Path | None:
+        """The planner's calibration of this cluster, whether it is there or not."""
+        return self.state_path / self.planner.calibration if self.planner.calibration else None
 
     @property
     def recipes_path(self) -> Path:
@@ -125,6 +139,12 @@ def check(config: HeadConfig) -> None:
         raise InvalidConfig("host is empty", hint="127.0.0.1 for this machine only, 0.0.0.0 for all addresses")
     if config.recipes_dir and not Path(config.recipes_dir).is_dir():
         raise InvalidConfig(f"recipes_dir: {config.recipes_dir} is not a folder")
+    calibration = Path(config.planner.calibration)
+    if calibration.is_absolute() or ".." in calibration.parts:
+        raise InvalidConfig(
+            f"planner.calibration: {calibration} is not below the state directory",
+            hint="copy the file there and give its name",
+        )
     ssl_context(tls)
 
 

@@ -26,10 +26,10 @@ IDLE_S = 120.0  # then the process ends: it takes some 40 MB
 
 
 class PlannerProcess:
-    """Ask with `ask`; `close` at the end."""
+    """Ask with `ask`; `close` at the end. calibration: the cluster's own, which each process reads as it starts."""
 
-    def __init__(self, *, answer_s: float = ANSWER_S, idle_s: float = IDLE_S) -> None:
-        self._answer_s, self._idle_s = answer_s, idle_s
+    def __init__(self, *, calibration: Path | None = None, answer_s: float = ANSWER_S, idle_s: float = IDLE_S) -> None:
+        self._calibration, self._answer_s, self._idle_s = calibration, answer_s, idle_s
         self._turn = asyncio.Lock()
         self._waiting = 0
         self._process: asyncio.subprocess.Process | None = None
@@ -82,6 +82,7 @@ class PlannerProcess:
                 "-P",
                 "-m",
                 "head.planner.worker",
+                *([str(self._calibration)] if self._calibration is not None else []),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 env=_child_env(),

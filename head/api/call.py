@@ -50,7 +50,7 @@ class Shared:
         self.audit = audit
         self.waiters = Waiters(context)
         self.backup_gate = asyncio.Lock()
-        self.planner = PlannerProcess()
+        self.planner = PlannerProcess(calibration=context.config.calibration_path)
         self.kinds = Kinds()
         self.documents: Documents | None = None  # the OpenAPI document and its page, made with the application
         self.lists: dict[str, pages.Ordered[Any]] = {  # the ordered keys of each table, kept between requests

@@ -106,7 +106,7 @@ def _percent(value: float | None) -> str:
 @click.option("--who", default="", help="Who measured; else the user's name.")
 @click.option("--machine", default="", help="Where it was measured; else this machine's name.")
 @click.option("--when", default="", help="When it was measured; else today.")
-@click.option("--output", "target", metavar="FILE", default="", help="Where to write; else the default file.")
+@click.option("--save", "target", metavar="FILE", default="", help="Where to write; else the default file.")
 @click.option("--dry-run", is_flag=True, help="Check the rows and show the errors; write nothing.")
 @click.option("--cluster", is_flag=True, help="Ask the head: models of the cluster may be named.")
 @pass_globals
