@@ -29,10 +29,11 @@ from head.planner.endpoints.serving_search import (
 from head.planner.hardware.topology import Topology
 from head.planner.model.architecture import Architecture
 from head.planner.model.parameters import count
+from head.planner.second_opinion import SecondOpinion, second_opinion
 from head.planner.serving.batching import LoadPoint
 from head.planner.serving.engine_flags import EngineCommand, ServingSettings, engine_command
 from head.planner.serving.estimate import ServingEstimate, Workload, estimate_serving
-from head.planner.serving.search import Choice, SearchResult, Slo, largest_load, load_curve
+from head.planner.serving.search import Choice, Slo, largest_load, load_curve
 from head.planner.serving.speculative import Speculative, acceptance_of
 
 _ENGINES = {"vllm": "vllm", "sglang": "sglang", "trtllm": "tensorrt_llm", "llamacpp": "llamacpp"}
@@ -99,6 +100,7 @@ class InferenceAnswer(Answer, frozen=True, kw_only=True):
     summary: dict[str, float]
     dropped: tuple[ServingDropped, ...]
     topology: TopologySummary
+    second_opinion: SecondOpinion | None = None
 
 
 class VllmAnswer(Answer, frozen=True, kw_only=True):
@@ -114,6 +116,7 @@ class VllmAnswer(Answer, frozen=True, kw_only=True):
     sla_analysis: SloAnalysis | None
     recommendations: tuple[str, ...]
     topology: TopologySummary
+    second_opinion: SecondOpinion | None = None
 
 
 def command_of(choice: Choice, model: str, context: int, *, port: int = 8000) -> EngineCommand:
@@ -177,11 +180,12 @@ def inference(question: ServingQuestion, desk: Desk) -> InferenceAnswer:
     context = workload.isl + workload.osl
     command = command_of(best, arch.name, context)
     plain = 2.0 * count(arch).total
+    unquantised = _unquantised(arch, topology, best, share)
     return InferenceAnswer(
         model={"name": arch.name, "parameters_billions": count(arch).total / 1e9},
         best=choice_view(best, "chosen"),
         options=views(result, best),
-        quantization=_quantization(arch, result, best, plain),
+        quantization=_quantization(arch, best, plain, unquantised),
         kv_cache=_kv(best),
         speculative_decoding=_speculation(arch, topology, best, share),
         engine={
@@ -210,10 +214,11 @@ def inference(question: ServingQuestion, desk: Desk) -> InferenceAnswer:
             "original_memory_gb": plain / GB,
             "optimized_memory_gb": best.estimate.memory.weights_bytes * best.settings.layout.gpus / GB,
             "memory_reduction_pct": _reduction(best, plain),
-            "expected_speedup": _speedup(result, best),
+            "expected_speedup": best.estimate.requests_per_s / unquantised.requests_per_s if unquantised else 1.0,
         },
         dropped=dropped_views(result),
         topology=topology_summary(topology),
+        second_opinion=_second_opinion(arch, topology, best, share, question.config),
     )
 
 
@@ -229,30 +234,32 @@ def _settings(best: Choice) -> dict[str, Any]:
     }
 
 
+def _second_opinion(
+    arch: Architecture, topology: Topology, best: Choice, share: Workload, config: dict[str, Any] | None
+) -> SecondOpinion | None:
+    """Of one engine at the load it has; None without the package."""
+    load = msgspec.structs.replace(share, concurrency=best.estimate.concurrency, request_rate=0.0)
+    return second_opinion(arch, topology, best.settings, load, config)
+
+
 def _reduction(best: Choice, plain: float) -> float:
     """How much smaller the weights are than in 16 bits, per cent."""
     held = best.estimate.memory.weights_bytes * best.settings.layout.tp * best.settings.layout.pp
     return 100 * max(0.0, 1 - held / plain)
 
 
-def _speedup(result: SearchResult, best: Choice) -> float:
-    """Tokens per second and GPU over those of the best with the weights as they are."""
-    other = _unquantised(result) if best.settings.weights else None
-    return _per_gpu(best) / _per_gpu(other) if other else 1.0
-
-
-def _quantization(arch: Architecture, result: SearchResult, best: Choice, plain: float) -> dict[str, Any]:
+def _quantization(arch: Architecture, best: Choice, plain: float, plain_one: ServingEstimate | None) -> dict[str, Any]:
     """The weights' format, and what it does against the weights as they are on the same machine."""
     chosen_by_us = best.settings.weights
     method = chosen_by_us or arch.quantisation or arch.weights_dtype
     held = best.estimate.memory.weights_bytes * best.settings.layout.tp * best.settings.layout.pp
-    other = _unquantised(result) if chosen_by_us else None
+    other = plain_one if chosen_by_us else None
     return {
         "method": method,
         "bits": round(16 * held / plain, 1),
         "memory_reduction_pct": _reduction(best, plain),
-        "throughput_change_pct": 100 * (_per_gpu(best) / _per_gpu(other) - 1) if other else 0.0,
-        "latency_change_pct": 100 * (best.estimate.e2e_s.value / other.estimate.e2e_s.value - 1) if other else 0.0,
+        "throughput_change_pct": 100 * (best.estimate.requests_per_s / other.requests_per_s - 1) if other else 0.0,
+        "latency_change_pct": 100 * (best.estimate.e2e_s.value / other.e2e_s.value - 1) if other else 0.0,
         "accuracy_impact": "evaluate it against the 16-bit model" if chosen_by_us else "none",
         "config": {"quantization": chosen_by_us} if chosen_by_us else {},
         "requirements": [f"an accelerator with units for {chosen_by_us}"] if chosen_by_us else [],
@@ -260,14 +267,12 @@ def _quantization(arch: Architecture, result: SearchResult, best: Choice, plain:
     }
 
 
-def _per_gpu(choice: Choice) -> float:
-    return choice.output_tokens_per_s / choice.gpus
-
-
-def _unquantised(result: SearchResult) -> Choice | None:
-    """The best of the front with the weights as they are."""
-    plain = [choice for choice in result.front if not choice.settings.weights]
-    return max(plain, key=_per_gpu) if plain else None
+def _unquantised(arch: Architecture, topology: Topology, best: Choice, share: Workload) -> ServingEstimate | None:
+    """The same engine at the same load with the weights as they are; None where the search left them so or no room."""
+    if not best.settings.weights:
+        return None
+    found = estimate_serving(arch, topology, msgspec.structs.replace(best.settings, weights=""), share)
+    return found if found.fits else None
 
 
 def _kv(best: Choice) -> dict[str, Any]:
@@ -381,6 +386,7 @@ def vllm(question: VllmQuestion, desk: Desk) -> VllmAnswer:
         sla_analysis=analysis_of(arch, topology, best, share, slo, question.throughput_target),
         recommendations=tuple(_advice(best, command)),
         topology=topology_summary(topology),
+        second_opinion=_second_opinion(arch, topology, best, share, question.config),
     )
 
 
