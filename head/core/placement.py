@@ -8,6 +8,9 @@ GPUs: a replica reserves its GPUs whole unless its recipe or its configuration d
 that declare may share a GPU as long as the declared bytes fit. An engine that nobody measured may take all there is
 (most do, on purpose), so sharing by guess would break both. What is reserved stays reserved until the agent has said
 that the engine is gone.
+
+Memory is what the recipe or the configuration declares, else what the planner estimates from the model's dimensions
+and the engine's settings (`memory_needs`), else the model's bytes and a tenth.
 """
 
 from __future__ import annotations
@@ -24,9 +27,10 @@ from common.errors import NothingFits
 from common.ids import Device, parse_device
 from common.recipe import Recipe
 from common.wire import Gpu, GpuReading
-from head.core import copy_facts, node_facts
+from head.core import copy_facts, memory_needs, node_facts
 from head.core.objects import Copy, Node, Replica, Service, copy_key
 from head.core.state import State
+from head.planner.serving.need import MemoryNeed
 from herder.types import Candidate
 
 HOST_BASE_BYTES = 256 << 20  # an engine process without its model
@@ -46,6 +50,8 @@ class Need(msgspec.Struct, frozen=True):
     gpus: int = 0
     memory_bytes: int = 0
     gpu_memory_bytes: int = 0
+    on_host: MemoryNeed | None = None  # the planner's estimate for an engine without a GPU; None: there is none
+    on_gpus: MemoryNeed | None = None  # and for one with the GPUs it needs
     port: int = 0
     labels: dict[str, str] = {}
     devices: tuple[str, ...] = ()
@@ -108,7 +114,20 @@ def choose(state: State, need: Need, now_ms: int) -> Place:
         summary(refused, need),
         hint=f"`herder why service {need.service}` shows every node with its numbers",
         nodes={verdict.device or verdict.node: verdict.reason for verdict in refused[:50]},
+        **_estimates(need),
     )
+
+
+def _estimates(need: Need) -> dict[str, Any]:
+    """What the planner estimated, as details of a refusal; nothing where memory is declared or not estimated."""
+    is_on_gpus = bool(need.gpus) or any(parse_device(device).storage.startswith("gpu") for device in need.devices)
+    estimate = need.on_gpus if is_on_gpus else need.on_host
+    shown: dict[str, Any] = {}
+    if estimate is not None and estimate.host and not need.memory_bytes:
+        shown["memory"] = memory_needs.numbers(estimate, "host")
+    if estimate is not None and estimate.gpu and not need.gpu_memory_bytes:
+        shown["gpu_memory"] = memory_needs.numbers(estimate, "gpu")
+    return shown
 
 
 def candidates(state: State, need: Need, now_ms: int, *, limit: int = limits.PAGE_ITEMS) -> tuple[Candidate, ...]:
@@ -245,10 +264,12 @@ def _judge_bytes(state: State, need: Need, node: Node, device: Device | None, he
         storage = f"gpu{gpus[0]}"
     elif need.gpus:
         return no("not a GPU", f"the recipe needs {need.gpus} GPU and {storage} is none")  # type: ignore[no-any-return]
-    memory = need.memory_bytes or (estimate_memory_bytes(need.model_bytes, storage) if need.model_bytes else 0)
+    estimate = None if need.memory_bytes else need.on_gpus if gpus else need.on_host
+    memory = need.memory_bytes or _memory_bytes(need, estimate, storage)
     short = _memory_short(state, node, held, memory, copies, storage, need.model_bytes)
     if short is not None:
-        return no("memory full", short[0], **short[1])  # type: ignore[no-any-return]
+        parts = f" ({memory_needs.shown(estimate, 'host')})" if estimate is not None and estimate.host else ""
+        return no("memory full", short[0] + parts, **short[1])  # type: ignore[no-any-return]
     short = _disk_short(state, node, copies, need)
     if short is not None:
         return no("disk full", short[0], **short[1])  # type: ignore[no-any-return]
@@ -267,8 +288,19 @@ def _judge_bytes(state: State, need: Need, node: Node, device: Device | None, he
     same = sum(1 for replica in held if replica.service == need.service)
     score = (int(node.id in need.avoid), -local, same, len(held))
     words = ("fetches the model", "has the model on disk", "has the model in RAM")[local] if need.model else "has room"
-    numbers = {"local": local, "replicas_of_service": same, "replicas": len(held)}
+    numbers: dict[str, Any] = {"local": local, "replicas_of_service": same, "replicas": len(held)}
+    if estimate is not None and estimate.host:
+        numbers["memory"] = memory_needs.numbers(estimate, "host")
+    if gpus and need.on_gpus is not None and not need.gpu_memory_bytes:
+        numbers["gpu_memory"] = memory_needs.numbers(need.on_gpus, "gpu")
     return Verdict(node.id, place.device, FITS, words, numbers, place, score)
+
+
+def _memory_bytes(need: Need, estimate: MemoryNeed | None, storage: str) -> int:
+    """Host memory to reserve where none is declared."""
+    if estimate is not None and estimate.host:
+        return estimate.host_bytes
+    return estimate_memory_bytes(need.model_bytes, storage) if need.model_bytes else 0
 
 
 def _port_of(state: State, replica: Replica) -> int:
@@ -336,19 +368,35 @@ def _gpu_refusal(need: Need, gpu: Gpu, holders: list[Replica], reading: GpuReadi
     exclusive = next((holder.id for holder in holders if holder.is_exclusive), "")
     if exclusive:
         return f"is taken by {exclusive}"
-    per_gpu = -(-need.model_bytes // max(1, need.gpus))
-    asked = need.gpu_memory_bytes or per_gpu + per_gpu // 10
+    asked, words = _gpu_asked(need, gpu)
     if not need.gpu_memory_bytes and holders:
         return f"is shared by {', '.join(holder.id for holder in holders)}; declare gpu_memory_bytes to share it"
     if not gpu.memory_bytes:  # the driver does not say: one replica, which has it whole
         return f"does not say its memory and is used by {holders[0].id}" if holders else ""
+    share = need.on_gpus.share if need.on_gpus is not None and not need.gpu_memory_bytes else 0.0
+    if share and need.on_gpus is not None and need.on_gpus.gpu_bytes > share * gpu.memory_bytes:
+        whole = f"{share:g} of {_gib(gpu.memory_bytes)}"
+        return f"has {whole} for the engine; {_gib(need.on_gpus.gpu_bytes)} are needed{words}"
     free = gpu.memory_bytes - reserved_gpu_bytes(holders, gpu)
     if asked > free:
-        return f"has {_gib(free)} of {_gib(gpu.memory_bytes)} unreserved; {_gib(asked)} are needed"
+        return f"has {_gib(free)} of {_gib(gpu.memory_bytes)} unreserved; {_gib(asked)} are needed{words}"
     starting = reserved_gpu_bytes((h for h in holders if h.state != "ready"), gpu)
     if reading is not None and reading.memory_free_bytes - starting < asked:
-        return f"has less free memory than the {_gib(asked)} needed: something else uses it"
+        return f"has less free memory than the {_gib(asked)} needed: something else uses it{words}"
     return ""
+
+
+def _gpu_asked(need: Need, gpu: Gpu) -> tuple[int, str]:
+    """Bytes of a GPU that have to be free: declared, as the planner estimates them, or the model's and a tenth; and
+    the estimate's parts in words."""
+    if need.gpu_memory_bytes:
+        return need.gpu_memory_bytes, ""
+    estimate = need.on_gpus
+    if estimate is not None and estimate.gpu:
+        taken = int(estimate.share * gpu.memory_bytes)
+        return max(taken, estimate.gpu_bytes), f" ({memory_needs.shown(estimate, 'gpu')})"
+    per_gpu = -(-need.model_bytes // max(1, need.gpus))
+    return per_gpu + per_gpu // 10, ""
 
 
 def _memory_short(
@@ -408,6 +456,7 @@ def need_of(
     state: State, service: Service, replica: str, recipe: Recipe | None, memory_bytes: int, gpu_memory_bytes: int
 ) -> Need:
     """What one replica of a service asks for; without a recipe (not chosen yet) only what its model asks for."""
+    on_host, on_gpus = memory_needs.needs_of(state, service, recipe)
     return Need(
         service=service.name,
         replica=replica,
@@ -418,6 +467,8 @@ def need_of(
         gpus=recipe.resources.gpus if recipe is not None else 0,
         memory_bytes=memory_bytes,
         gpu_memory_bytes=gpu_memory_bytes,
+        on_host=on_host,
+        on_gpus=on_gpus,
         port=service.port or (recipe.port if recipe is not None else 0),
         labels=service.labels,
         devices=service.devices,

@@ -182,10 +182,16 @@ def declared_bytes(recipe: Recipe, service: Service) -> tuple[int, int]:
     return declared[0], declared[1]
 
 
+def engine_words(recipe: Recipe, service: Service) -> tuple[str, ...]:
+    """The words of an engine's command line that the recipe and the configuration give."""
+    config = merged_config(recipe, service)
+    words = [filled for word in (*recipe.command, *recipe.args) for filled in _filled(word, config)]
+    return (*words, *service.config.get("args", ()))
+
+
 def ensure_body(service: Service, recipe: Recipe, replica: Replica, node: Node) -> wire.EnsureReplica:
     """The command body that starts this replica."""
     config = merged_config(recipe, service)
-    words = [filled for word in (*recipe.command, *recipe.args) for filled in _filled(word, config)]
     health = recipe.health.to_wire()
     path = config.get("health_path")
     if isinstance(path, str) and "health_path" in recipe.config:
@@ -200,7 +206,7 @@ def ensure_body(service: Service, recipe: Recipe, replica: Replica, node: Node) 
         revision=service.revision if recipe.needs_model else "",
         storage=storage,
         runtime=recipe.runtime,
-        argv=(*words, *service.config.get("args", ())),
+        argv=engine_words(recipe, service),
         env={**recipe.env, **service.config.get("env", {})},
         port=service.port or recipe.port,
         gpu_uuids=tuple(uuids[index] for index in replica.gpus if index in uuids),

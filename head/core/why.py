@@ -14,7 +14,7 @@ from common.errors import (
     ServiceNotFound,
 )
 from common.wire import CopyStatus
-from head.core import commands, drains, node_facts, placement, replica_facts, service_specs, service_views
+from head.core import commands, drains, memory_needs, node_facts, placement, replica_facts, service_specs, service_views
 from head.core.objects import Copy, Job, Node, Replica, Service
 from head.core.state import STEP_ENDED, State
 from herder.types import Candidate, Why
@@ -72,8 +72,20 @@ def _replica(state: State, key: str, now_ms: int) -> Why:
         words += f"; {replica.memory_bytes} bytes of memory"
         words += f" and {replica.gpu_memory_bytes} bytes of each GPU are reserved" if replica.gpus else " are reserved"
     service = state.services.get(replica.service)
+    words += _estimate_words(state, replica, service)
     is_lost = replica.state == "failed" and service is not None and replica.desired == "running"
     return Why(key, "replica", replica.state, words, _candidates(state, service, now_ms) if is_lost and service else ())
+
+
+def _estimate_words(state: State, replica: Replica, service: Service | None) -> str:
+    """The parts of what is reserved, where that is the planner's estimate of now."""
+    if service is None:
+        return ""
+    on_host, on_gpus = memory_needs.needs_of(state, service, state.recipes.get(service.recipe))
+    need = on_gpus if replica.gpus else on_host
+    if need is None or not need.host or need.host_bytes != replica.memory_bytes:
+        return ""
+    return f" ({memory_needs.shown(need, 'host')})"
 
 
 def _replica_words(state: State, replica: Replica, now_ms: int) -> str:
