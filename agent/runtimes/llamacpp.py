@@ -1,7 +1,10 @@
 """llama.cpp's `llama-server`: GGUF models on CPU or GPU.
 
-Settings of a service (`config`): context, parallel, threads, gpu_layers, embeddings; 0 threads means the server's own
-choice, gpu_layers below 0 means all layers when GPUs are given. Flags checked against build 10434.
+Settings of a service (`config`): context, parallel, threads, gpu_layers, embeddings, prompt_cache_mib; 0 threads means
+the server's own choice, gpu_layers below 0 means all layers when GPUs are given. Flags checked against build 10434.
+
+The server would keep up to 8 GiB of earlier prompts in host memory by itself, which nobody has reserved: it gets what
+prompt_cache_mib says. That goes by its environment, which older servers ignore and a flag under `args` overrides.
 """
 
 from __future__ import annotations
@@ -80,7 +83,8 @@ class LlamaCpp:
             argv += ["--api-key-file", setting.api_key_file]
         argv += _flags(order.config, has_gpus=bool(order.gpu_uuids))
         argv += [fill(word, setting, model_path=model_path) for word in order.argv]
-        return Launch(tuple(argv), {**gpu_env(order), **order.env})
+        cache = {"LLAMA_ARG_CACHE_RAM": str(_whole(order.config, "prompt_cache_mib"))}
+        return Launch(tuple(argv), {**gpu_env(order), **cache, **order.env})
 
     def steps_path(self) -> tuple[str, str]:
         """See Runtime.steps_path."""

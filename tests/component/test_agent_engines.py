@@ -21,12 +21,15 @@ from agent.core.state import State, load
 from agent.driver import Driver
 from agent.ledger import Ledger
 from agent.logs import LogService
+from agent.metadata.inspect import inspect
 from agent.replicas import Replicas
 from agent.run_files import RunFiles
 from agent.runtimes.registry import find_engines, make_runtimes
 from common import wire
 from common.clock import SystemClock
 from common.tasks import Supervisor
+from head.planner.model.headers import architecture_of_registered
+from head.planner.serving.need import LlamaCppSettings, llama_cpp_need
 from tests.doubles.ws_head import until
 
 PROGRAM = Path(__file__).parents[1] / "doubles" / "engine_program.py"
@@ -442,9 +445,16 @@ async def ends_by_illegal_instruction(server: str, gguf: str) -> bool:
         return False
 
 
+def estimated_bytes(directory: Path, *, context: int, slots: int) -> int:
+    """What the head would reserve for a llama-server of this model on the CPU."""
+    arch = architecture_of_registered(inspect(directory)[1])
+    size = sum(path.stat().st_size for path in directory.glob("*.gguf"))
+    return llama_cpp_need(arch, size, LlamaCppSettings(context=context, slots=slots), 0).host_bytes
+
+
 @pytest.mark.engine
 async def test_real_llama_server(tmp_path: Path) -> None:
-    """A real llama-server serves a real model: version, readiness with a token, key, a completion, and a clean stop."""
+    """A real llama-server serves a real model: version, readiness, key, a completion, its memory, and a clean stop."""
     import aiohttp
 
     server, gguf = os.environ.get("HERDER_TEST_LLAMA_SERVER", ""), os.environ.get("HERDER_TEST_GGUF", "")
@@ -483,6 +493,8 @@ async def test_real_llama_server(tmp_path: Path) -> None:
                 said = await answer.json()
         assert said["usage"]["completion_tokens"] == 4
         await until(lambda: agent.state.engine("chat-0").memory_bytes > 50 << 20, "its memory")
+        estimated = estimated_bytes(directory, context=1_024, slots=2)
+        assert 0.7 * estimated < agent.state.engine("chat-0").memory_bytes < 1.05 * estimated
         agent.command(wire.StopReplica("chat-0"), 2)
         await until(lambda: agent.result(2), "the result")
         assert agent.task.exit_code == 0

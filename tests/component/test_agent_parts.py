@@ -59,6 +59,14 @@ class TestLlamaCpp:
             *("--ctx-size", "2048", "--parallel", "2", "--embeddings", "--device", "none", "--seed", "20001"),
         )
         assert launch.env["CUDA_VISIBLE_DEVICES"] == ""
+        assert launch.env["LLAMA_ARG_CACHE_RAM"] == "0"  # memory that nobody reserved is not taken
+
+    def test_the_prompt_cache_is_what_was_reserved(self, server: Path) -> None:
+        """The setting reaches the server by its environment; the service's own variable wins."""
+        config: dict[str, object] = {"prompt_cache_mib": 512}
+        assert LlamaCpp(str(server)).launch(setting(config=config)).env["LLAMA_ARG_CACHE_RAM"] == "512"
+        own = {"LLAMA_ARG_CACHE_RAM": "64"}
+        assert LlamaCpp(str(server)).launch(setting(config=config, env=own)).env["LLAMA_ARG_CACHE_RAM"] == "64"
 
     def test_gpus_by_uuid(self, server: Path) -> None:
         """With GPUs all layers go there, and the engine sees exactly those cards."""
