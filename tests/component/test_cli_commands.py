@@ -224,10 +224,14 @@ class TestLongWork:
         with subprocess.Popen(
             [sys.executable, "-c", code, "download", "smollm2", "n1:disk"], stderr=subprocess.PIPE, text=True
         ) as child:
-            assert child.stderr is not None
-            assert JOB in child.stderr.readline()
-            child.send_signal(signal.SIGINT)
-            rest = child.stderr.read()
+            try:
+                assert child.stderr is not None
+                assert JOB in child.stderr.readline()
+                child.send_signal(signal.SIGINT)
+                rest = child.stderr.read()
+                child.wait(timeout=30)
+            finally:
+                child.kill()
         assert child.returncode == 130
         assert f"herder jobs cancel {JOB}" in rest
         assert "Traceback" not in rest
@@ -264,11 +268,15 @@ class TestLongWork:
             stderr=subprocess.PIPE,
             text=True,
         ) as child:
-            assert child.stderr is not None
-            asked = (any(where.partition("?")[0] == path for _, where, _ in head.requests) for _ in range(2_000))
-            assert any(found or time.sleep(0.01) for found in asked), head.requests
-            child.send_signal(signal.SIGINT)
-            said = child.stderr.read()
+            try:
+                assert child.stderr is not None
+                asked = (any(where.partition("?")[0] == path for _, where, _ in head.requests) for _ in range(2_000))
+                assert any(found or time.sleep(0.01) for found in asked), head.requests
+                child.send_signal(signal.SIGINT)
+                said = child.stderr.read()
+                child.wait(timeout=30)
+            finally:
+                child.kill()
         assert child.returncode == 130
         (line,) = [line for line in said.splitlines() if line.strip()]
         assert says in line
