@@ -6,6 +6,7 @@ API cannot differ. Without --cluster nothing is asked of any daemon.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,12 +78,18 @@ command.add_command(plan_calibrate.calibrate)
 def _command(endpoint: Endpoint) -> click.Command:
     """The command of one endpoint: the model as argument, every other field as an option."""
     parameters: list[click.Parameter] = []
-    for field in msgspec.structs.fields(endpoint.question):
-        parameter = _parameter(field)
+    fields = msgspec.structs.fields(endpoint.question)
+    takes_several = any(field.name == "models" for field in fields)
+    for field in fields:
+        if field.name == "model" and takes_several:
+            continue
+        parameter = _parameter(field, needs_model=endpoint.needs_model)
         if parameter is not None:
             parameters.append(parameter)
     parameters.append(click.Option(["--cluster"], is_flag=True, help="Ask the head: its inventory, its models."))
     help_ = "A file of herder plan calibrate; 'none': only the shipped one. [the default file, if it is there]"
+    if endpoint.path == "export":
+        parameters.append(click.Option(["--write"], metavar="DIR", help="Write the files there; none may exist yet."))
     parameters.append(click.Option(["--calibration"], metavar="FILE", help=help_))
     return HerderCommand(
         endpoint.verb,
@@ -90,7 +97,7 @@ def _command(endpoint: Endpoint) -> click.Command:
         callback=_callback(endpoint),
         help=_help(endpoint),
         short_help=endpoint.summary + ".",
-        examples=[_example(endpoint)] if endpoint.example else (),
+        examples=[_example(endpoint)],
     )
 
 
@@ -104,16 +111,34 @@ def _help(endpoint: Endpoint) -> str:
 
 def _callback(endpoint: Endpoint) -> Callable[..., None]:
     @pass_globals
-    def run(options: Globals, /, cluster: bool, calibration: str | None, **values: Any) -> None:
+    def run(
+        options: Globals, /, cluster: bool, calibration: str | None, write: str | None = None, **values: Any
+    ) -> None:
         if cluster and calibration:
             raise click.UsageError("--calibration is for answers of this machine; a head has its own")
         question = {name: value for name, value in values.items() if value is not None and value != ()}
         _read_config(question)
         answer = _by_head(options, endpoint, question) if cluster else _by_ourselves(endpoint, question, calibration)
-        view = plan_calibrate.accuracy_view if endpoint.path == "accuracy" else plan_view.render
-        output.emit(options, answer, view(answer, options))
+        if write:
+            click.echo(f"wrote {', '.join(_written(Path(write), answer['files']))} to {write}", err=True)
+        if endpoint.path == "accuracy":
+            output.emit(options, answer, plan_calibrate.accuracy_view(answer, options))
+        else:
+            output.emit(options, answer, plan_view.render(answer, options, endpoint.path))
 
     return run
+
+
+def _written(folder: Path, files: dict[str, str]) -> list[str]:
+    """Writes the files of an export. Raises: UsageError when one of them is there already."""
+    found = [name for name in files if (folder / name).exists()]
+    if found:
+        raise click.UsageError(f"{folder} holds {', '.join(found)} already")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        with (folder / Path(name).name).open("x", encoding="utf-8") as file:
+            file.write(text)
+    return list(files)
 
 
 def _read_config(question: dict[str, Any]) -> None:
@@ -177,25 +202,22 @@ def _by_head(options: Globals, endpoint: Endpoint, question: dict[str, Any]) -> 
 def _example(endpoint: Endpoint) -> str:
     words = ["herder", "plan", endpoint.verb]
     for name, value in endpoint.example:
-        if name == "model":
-            words.append(str(value))
+        if name in ("model", "models"):
+            words += value if isinstance(value, list) else [str(value)]
         elif value is True:
             words.append(f"--{name.replace('_', '-')}")
         else:
-            words += [
-                f"--{name.replace('_', '-')}",
-                " ".join(map(str, value)) if isinstance(value, list) else str(value),
-            ]
-    return " ".join(words)
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
-def _parameter(field: Any) -> click.Parameter | None:
+def _parameter(field: Any, *, needs_model: bool) -> click.Parameter | None:
     """A field of a question as an option; dictionaries (config, dimensions) have none: files and the API give them."""
     kind, choices, is_list = plan_view.kind_of_field(field.type)
     if kind is None:
         return None
     if field.name in ("model", "models"):
-        return click.Argument([field.name], required=True, nargs=-1 if is_list else 1)
+        return click.Argument([field.name], required=needs_model, nargs=-1 if is_list else 1)
     text = plan_view.description_of(field.type)
     default = None if field.default in (msgspec.NODEFAULT, "", None) else field.default
     name = "--" + field.name.replace("_", "-")

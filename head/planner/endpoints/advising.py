@@ -325,7 +325,7 @@ ENDPOINTS = (
         TroubleshootAnswer,
         troubleshoot,
         "What an error message means",
-        example=(("error_message", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."),),
+        example=(("error_message", "torch.OutOfMemoryError: CUDA out of memory."),),
         codes=("not_found", "body_too_large"),
     ),
 )

@@ -52,7 +52,8 @@ def ask(endpoint: Endpoint, body: bytes | dict[str, Any], desk: Desk, own: Activ
             question = msgspec.convert(body, endpoint.question)
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$")
-        raise InvalidValue(text, field=path.rstrip("`").lstrip(".")) from None
+        field = path.rstrip("`").lstrip(".")
+        raise InvalidValue(f"{field}: {text}" if field else text, field=field) from None
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {str(error)[:200]}") from None
     try:

@@ -39,8 +39,6 @@ from head.planner.training.memory import TrainingMemory, estimate_memory
 from head.planner.training.search import remedies
 from head.planner.training.step_time import estimate as estimate_step
 
-_TEXT = Meta(max_length=256)
-
 
 class RunQuestion(LayoutQuestion, frozen=True, kw_only=True):
     """What is run, beside the layout."""
@@ -48,8 +46,8 @@ class RunQuestion(LayoutQuestion, frozen=True, kw_only=True):
     script: Annotated[str, Meta(max_length=512, description="The training script.")] = "train.py"
     script_args: Annotated[tuple[str, ...], Meta(max_length=100, description="Its arguments.")] = ()
     name: Annotated[str, Meta(max_length=64, description="Of the job.")] = "train"
-    learning_rate: Annotated[float, Meta(gt=0, le=100)] = 3e-4
-    train_steps: Annotated[int, Meta(ge=1, le=1 << 40)] = 1_000
+    learning_rate: Annotated[float, Meta(gt=0, le=100, description="The highest of the schedule.")] = 3e-4
+    train_steps: Annotated[int, Meta(ge=1, le=1 << 40, description="Steps of the run.")] = 1_000
     checkpoint_dir: Annotated[str, Meta(max_length=512, description="Where checkpoints go.")] = "checkpoints"
     cpu: Annotated[bool, Meta(description="A rehearsal on CPUs, with gloo.")] = False
 
@@ -122,12 +120,12 @@ class ExportAnswer(Answer, frozen=True, kw_only=True):
 class SlurmQuestion(RunQuestion, frozen=True, kw_only=True):
     """A batch script: one torchrun per node, resumed from the newest checkpoint."""
 
-    partition: Annotated[str, _TEXT] = ""
-    account: Annotated[str, _TEXT] = ""
-    qos: Annotated[str, _TEXT] = ""
+    partition: Annotated[str, Meta(max_length=256, description="Slurm's --partition.")] = ""
+    account: Annotated[str, Meta(max_length=256, description="Slurm's --account.")] = ""
+    qos: Annotated[str, Meta(max_length=256, description="Slurm's --qos.")] = ""
     time: Annotated[str, Meta(max_length=32, description="Limit, as Slurm writes it.")] = "24:00:00"
-    cpus_per_gpu: Annotated[int, Meta(ge=1, le=1_024)] = 8
-    conda_env: Annotated[str, _TEXT] = ""
+    cpus_per_gpu: Annotated[int, Meta(ge=1, le=1_024, description="CPU cores for each GPU.")] = 8
+    conda_env: Annotated[str, Meta(max_length=256, description="A conda environment to activate.")] = ""
     modules: Annotated[tuple[str, ...], Meta(max_length=32, description="Environment modules to load.")] = ()
 
 

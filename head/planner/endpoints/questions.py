@@ -25,6 +25,7 @@ from head.planner.model.headers import architecture_of_registered
 from head.planner.model.presets import architecture_of, lookup
 
 DEFAULT_GPU, DEFAULT_GPUS = "H100-SXM-80GB", 8
+LEAST_MEMORY_BYTES = 100_000_000  # of an accelerator whose memory is given
 MOCK_GPUS = 4  # what the old planner took where mock_topology came without a number
 
 Count = Annotated[int, Meta(ge=1, le=1_048_576)]
@@ -236,6 +237,8 @@ def with_memory(topology: Topology, memory_gb: float) -> Topology:
     """The same machine with accelerators of `memory_gb` (1e9 bytes), of which the usual share is visible."""
     device = topology.accelerator
     wanted = int(memory_gb * 1e9)
+    if wanted < LEAST_MEMORY_BYTES:
+        raise InvalidValue(f"memory: {memory_gb:g} GB is not an accelerator's", field="memory")
     visible = int(wanted * device.visible_bytes / device.memory_bytes)
     device = msgspec.structs.replace(device, memory_bytes=wanted, visible_bytes=visible)
     note = f"memory of one accelerator given as {memory_gb:g} GB"
