@@ -15,6 +15,7 @@ import msgspec
 
 from common.errors import HerderError
 from head.planner.calibration.accuracy import AccuracyLine, Refusal
+from head.planner.calibration.memory_truth import Unusable as UnusablePeak
 from head.planner.calibration.training_truth import Unusable, resolve_name, row_of
 from head.planner.hardware.accelerators import GIB
 from head.planner.model.architecture import Architecture
@@ -29,6 +30,7 @@ Row = Mapping[str, Any]
 ROW_ERRORS = (
     HerderError,
     Unusable,
+    UnusablePeak,
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -55,7 +57,7 @@ class Errors(msgspec.Struct):
             what=self.what,
             scheme=scheme,
             rows=len(sizes),
-            sources=len({source for source, _ in mine}),
+            sources=len({source for source, _ in mine} - {""}),
             mape=statistics.fmean(sizes) if sizes else None,
             median=statistics.median(sizes) if sizes else None,
             largest=max(sizes, default=None),
@@ -119,7 +121,7 @@ def reason_of(error: BaseException) -> str:
     """Why a row was refused, in words."""
     if isinstance(error, HerderError):
         return error.message
-    return str(error) if isinstance(error, Unusable) else f"{type(error).__name__}: {str(error)[:100]}"
+    return str(error) if isinstance(error, Unusable | UnusablePeak) else f"{type(error).__name__}: {str(error)[:100]}"
 
 
 # parameter counts
@@ -132,7 +134,7 @@ def counts(rows: Iterable[Any]) -> Errors:
     def errors_of(row: Row) -> list[float]:
         name = str(row.get("model") or row.get("name") or "")
         counted = count(architecture_of(row["config"], name))
-        stated = {
+        stated: dict[tuple[str, ...], int] = {
             ("total", "total_params"): counted.total,
             ("routed_experts", "routed_expert_params"): counted.routed_experts,
             ("active", "active_params"): counted.active,
@@ -146,8 +148,8 @@ def counts(rows: Iterable[Any]) -> Errors:
                 found.append((ours - int(value)) / max(int(value), 1))
         embedding = row.get("embedding") or row.get("embedding_params")
         if embedding:  # of untied models some sources count one table, some both; zero stands for "not told apart"
-            ours = [(own - int(embedding)) / int(embedding) for own in (counted.embedding, counted.input_embedding)]
-            found.append(min(ours, key=abs))
+            both = [(own - int(embedding)) / int(embedding) for own in (counted.embedding, counted.input_embedding)]
+            found.append(min(both, key=abs))
         return found
 
     return each("parameter counts", rows, errors_of)
@@ -225,6 +227,8 @@ def _flops_error(row: Row) -> float:
 def _stated_tflops(row: Row, convention: Convention) -> float:
     """The rate that follows the convention: with recomputation for Megatron's hardware FLOPs."""
     expected, peak = row["expected"], row["hardware"].get("peak_tflops")
+    fields: tuple[str, ...]
+    shares: tuple[str, ...]
     if convention == "megatron_hardware":
         fields, shares = ("hw_tflops_per_gpu",), ("hfu",)
     else:
