@@ -185,7 +185,7 @@ def _said(question: bytes) -> Said:
     except OSError as error:
         raise NoOpinion(f"its process did not start: {error.strerror}") from None
     try:
-        said = msgspec.json.decode(done.stdout[-ANSWER_BYTES:].rpartition(b"\n")[2], type=Said)
+        said = msgspec.json.decode(done.stdout[-ANSWER_BYTES:].strip().rpartition(b"\n")[2], type=Said)
     except msgspec.DecodeError:
         raise NoOpinion(f"its process ended with status {done.returncode}") from None
     if said.error:
