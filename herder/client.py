@@ -39,6 +39,9 @@ class _GatewayModels(msgspec.Struct, frozen=True):
     data: tuple[_GatewayModel, ...] = ()
 
 
+_PLAN_READS = ("", "accuracy", "health", "presets", "topology")  # questions of the planner without a body
+
+
 class AsyncClient:
     """A head's API, for asyncio. Use it in `async with`, or call `aclose` at the end."""
 
@@ -90,10 +93,11 @@ class AsyncClient:
     ) -> dict[str, Any]:
         """The planner's answer to a question: `plan("recommend", {"model": "llama-3.1-70b", "gpu": "h100"})`.
 
-        method: POST, except for the index, health, presets and topology. docs/planner.md lists endpoints and fields.
+        method: POST, except for the index, accuracy, health, presets and topology. docs/planner.md lists endpoints
+        and fields.
         """
         path = f"/plan/{endpoint}" if endpoint else "/plan"
-        if (method or ("GET" if endpoint in ("", "health", "presets", "topology") else "POST")) == "GET":
+        if (method or ("GET" if endpoint in _PLAN_READS else "POST")) == "GET":
             return await self._http.request("GET", path, dict[str, Any], query=dict(question or {}))
         return await self._http.request("POST", path, dict[str, Any], body=dict(question or {}))
 

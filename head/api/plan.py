@@ -32,11 +32,20 @@ def desk_of(state: State, question: msgspec.Struct | None, kinds: Kinds) -> Desk
     if isinstance(question, ModelQuestion) or hasattr(question, "models"):
         names = tuple(sorted(state.models)[:NAMES])
         for name in (getattr(question, "model", ""), *getattr(question, "models", ())):
-            model = state.models.get(name)
-            if model is not None and len(msgspec.json.encode(model.metadata)) <= METADATA_BYTES:
-                models[name] = model.metadata
+            known = _metadata(state, name)
+            if known is not None and len(msgspec.json.encode(known)) <= METADATA_BYTES:
+                models[name] = known
     names_device = isinstance(question, PlacedQuestion) and bool(question.gpu or question.mock_topology)
     return Desk(kinds=() if names_device else kinds.of(state), source="registered", models=models, names=names)
+
+
+def _metadata(state: State, name: str) -> dict[str, Any] | None:
+    """What is known of a registered model: as its files say, once a node has read them, else as it was registered."""
+    model = state.models.get(name)
+    if model is None:
+        return None
+    kept = state.manifests.get(f"{name}@{model.revision}")
+    return {**model.metadata, "detected": kept.manifest.detected} if kept and kept.manifest.detected else model.metadata
 
 
 def _handler(endpoint: Endpoint) -> Any:

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from head.api.app import ROUTES
+from head.planner.endpoints.table import ENDPOINTS
 from herder import AsyncClient, HerderApiError, HerderJobError, types
 from herder.settings import Settings
 from tests.doubles.api_head import ApiHead, api_head
@@ -160,6 +161,7 @@ async def test_no_path_is_without_a_method(tmp_path: Path) -> None:
             client.models(), client.model_locations("X"), client.copies(), client.nodes(), client.devices(),
             client.services(), client.replicas(), client.jobs(), client.story("X"), client.keys(), client.recipes(),
         )),
+        *(client.plan(endpoint.path) for endpoint in ENDPOINTS),
         *(anext(stream) for stream in (client.events(resume=False), client.logs("X"), client.chat("X", "X"))),
     ]  # fmt: skip
     for call in calls:

@@ -13,8 +13,11 @@ import msgspec
 import psutil
 import pytest
 
+from common.errors import Internal, TimedOut, TooMany
+from common.manifest import Manifest, ManifestFile
 from common.wire import Gpu, Nic
 from head import planner_process
+from head.core.objects import Model, ModelManifest
 from head.planner.endpoints.questions import Desk
 from head.planner.endpoints.table import ENDPOINTS
 from head.planner_process import PlannerProcess
@@ -99,6 +102,30 @@ def test_errors_keep_their_codes(tmp_path: Path) -> None:
     run(body)
 
 
+def test_a_registered_model_is_what_its_files_say(tmp_path: Path) -> None:
+    """A model of the cluster is planned for by what a node read of its files, whatever name it has."""
+    config = {
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1_000,
+    }  # fmt: skip
+    files = (ManifestFile("model.safetensors", 1, "b3:1", 1),)
+
+    async def body() -> None:
+        async with api_head(tmp_path) as head:
+            await head.put(Model("ours/small", "llm", "main", 0, 0))
+            unread = await head.call("POST", "/plan/analyze", {"model": "ours/small"})
+            assert (unread.status, unread.code) == (404, "model_not_found")
+            read = Manifest("ours/small", "main", files, "b3:0", "safetensors", {"config": config})
+            await head.put(ModelManifest(read, "n1", 0))
+            answer = await head.call("POST", "/plan/analyze", {"model": "ours/small"})
+            assert answer.status == 200, answer.body
+            given = await head.call("POST", "/plan/analyze", {"config": config})
+            differing = {key for key, value in answer.json.items() if given.json[key] != value}
+            assert differing == {"model", "architecture"}  # its name, and where its dimensions come from
+
+    run(body)
+
+
 def child_of(process: PlannerProcess) -> int:
     """The worker's process id."""
     assert process._process is not None
@@ -116,7 +143,7 @@ def test_a_killed_process_costs_one_answer() -> None:
             asked = asyncio.ensure_future(process.ask("health", b"{}", Desk()))
             await asyncio.sleep(0)
             os.kill(child_of(process), signal.SIGKILL)
-            with pytest.raises(planner_process.Internal):
+            with pytest.raises(Internal):
                 await asked
             assert b"healthy" in await process.ask("health", b"{}", Desk())
         finally:
@@ -135,7 +162,7 @@ def test_a_hanging_process_is_ended() -> None:
             pid = child_of(process)
             os.kill(pid, signal.SIGSTOP)
             process._answer_s = 0.2
-            with pytest.raises(planner_process.TimedOut):
+            with pytest.raises(TimedOut):
                 await process.ask("health", b"{}", Desk())
             assert not psutil.pid_exists(pid)
         finally:
@@ -154,7 +181,7 @@ def test_too_many_questions_are_refused() -> None:
                 asyncio.ensure_future(process.ask("health", b"{}", Desk())) for _ in range(planner_process.WAITING)
             ]
             await asyncio.sleep(0)
-            with pytest.raises(planner_process.TooMany):
+            with pytest.raises(TooMany):
                 await process.ask("health", b"{}", Desk())
             assert all(b"healthy" in answer for answer in await asyncio.gather(*asked))
         finally:
