@@ -30,7 +30,7 @@ def test_the_document_is_valid() -> None:
     assert list(OpenAPIV31SpecValidator(sent).iter_errors()) == []
     assert sent["openapi"].startswith("3.1.")
     del sent["info"]["title"]
-    assert list(OpenAPIV31SpecValidator(sent).iter_errors()) != []  # it does look
+    assert next(OpenAPIV31SpecValidator(sent).iter_errors(), None) is not None  # it does look
 
 
 def test_every_reference_leads_somewhere() -> None:
