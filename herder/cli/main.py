@@ -45,6 +45,9 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Planning": {
         "plan": (f"{_HERE}.plan", "Plan training and serving: memory, time, cost, settings."),
     },
+    "Benchmarks": {
+        "bench": (f"{_HERE}.bench", "Put load on any URL and measure it."),
+    },
     "Jobs and reasons": {
         "job": (f"{_HERE}.job", "Run a job file."),
         "jobs": (f"{_HERE}.jobs", "List, show, follow and cancel jobs."),

@@ -1,0 +1,355 @@
+"""One connection to the server: never blocking, reads stamped by the kernel, TLS through memory buffers.
+
+It knows bytes and answers, not schedules: it tells its owner (`Owner`) when it is open, when an answer is over and when
+something failed. The owner decides what is sent next.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import ssl
+import time
+from typing import Protocol
+
+from agent.loadgen.apis import Answer, Api
+from agent.loadgen.clocks import SO_TIMESTAMPNS, Stamps
+from agent.loadgen.http1 import AnswerReader, ProtocolError
+from agent.loadgen.sse import EventReader, LineReader, TooLong
+from agent.loadgen.workload import Item
+
+READ_BYTES = 16_384  # a larger buffer is allocated through mmap at every read and costs three times as much
+MAX_BODY = 64 << 20
+MAX_ERROR_BODY = 4_096
+_IN, _OUT = select.EPOLLIN, select.EPOLLOUT
+_monotonic_ns = time.monotonic_ns
+_OWN_LIMITS = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Call:
+    """One request on its way."""
+
+    __slots__ = (
+        "acted",
+        "answer",
+        "body",
+        "bytes",
+        "connect",
+        "events",
+        "first_output",
+        "heard",
+        "index",
+        "is_retried",
+        "is_reused",
+        "item",
+        "marks",
+        "scheduled",
+        "sent",
+        "slot",
+        "stamps",
+        "turn",
+    )
+
+    def __init__(self, index: int, item: Item, turn: int, scheduled: int, slot: int, keeps_text: bool) -> None:
+        self.index, self.item, self.turn, self.scheduled, self.slot = index, item, turn, scheduled, slot
+        self.acted = self.sent = self.first_output = -1
+        self.is_retried = False
+        self.restart(keeps_text)
+
+    def restart(self, keeps_text: bool) -> None:
+        """As before its first byte was sent."""
+        self.answer = Answer([] if keeps_text else None)
+        self.events: EventReader | LineReader | None = None
+        self.body: list[bytes] | None = None
+        self.stamps: list[int] = []
+        self.marks: list[int] = []
+        self.bytes = self.connect = self.heard = 0
+        self.is_reused = False
+
+
+class Owner(Protocol):
+    """Who has connections."""
+
+    api: Api
+    epoll: select.epoll
+    stamps: Stamps
+    lags: list[int]
+    reads: int
+    coalesced: int
+
+    def opened(self, connection: Connection) -> None:
+        """It can be used."""
+
+    def answered(self, connection: Connection, call: Call, at_ns: int) -> None:
+        """An answer is over; the connection has no call now."""
+
+    def failed(self, connection: Connection, call: Call | None, outcome: str, said: str, at_ns: int) -> None:
+        """It is closed; what it was doing did not end well."""
+
+
+class Connection:
+    """A socket and the answer that is coming on it."""
+
+    __slots__ = (
+        "_bios",
+        "_is_connecting",
+        "_out",
+        "_tls",
+        "began",
+        "call",
+        "fd",
+        "is_open",
+        "owner",
+        "reader",
+        "sock",
+        "took",
+    )
+
+    def __init__(
+        self, owner: Owner, family: int, address: tuple[str, int], tls: ssl.SSLContext | None, name: str
+    ) -> None:
+        """Begins to connect. Raises: OSError."""
+        self.owner = owner
+        self.call: Call | None = None
+        self.reader = AnswerReader()
+        self.is_open = False
+        self.took = 0
+        self._out: memoryview | None = None
+        self._is_connecting = True
+        self._bios = (ssl.MemoryBIO(), ssl.MemoryBIO())
+        self._tls = None if tls is None else tls.wrap_bio(*self._bios, server_hostname=name)
+        self.sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        self.fd = self.sock.fileno()
+        try:
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+            self.began = _monotonic_ns()
+            code = self.sock.connect_ex(address)
+            if code not in (0, errno.EINPROGRESS):
+                raise OSError(code, errno.errorcode.get(code, "connect"))
+            owner.epoll.register(self.fd, _IN | _OUT)
+        except OSError:
+            self.sock.close()
+            raise
+
+    def send(self, call: Call) -> None:
+        """Sends a request; the connection must be open and idle."""
+        assert self.is_open
+        assert self.call is None
+        self.call = call
+        self.reader.reset()
+        if self._tls is not None:
+            call.sent = _monotonic_ns()
+            self._tls.write(call.item.wire)
+            self._flush_tls()
+            return
+        self._write(memoryview(call.item.wire))
+
+    def close(self) -> None:
+        """Closes at once, whatever is on the way."""
+        self.is_open = False
+        self.call = None
+        if self.sock.fileno() >= 0:
+            self.owner.epoll.unregister(self.fd)
+            self.sock.close()
+
+    def on_event(self, mask: int) -> None:
+        """The socket can be read or written, or has failed."""
+        if self._is_connecting:
+            self._connected()
+            return
+        if mask & _OUT and self._out is not None:
+            self._write(self._out)
+        if mask & ~_OUT:
+            self._read()
+
+    def _connected(self) -> None:
+        code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._fail("no_socket" if code in _OWN_LIMITS else "connect", errno.errorcode.get(code, str(code)))
+            return
+        self._is_connecting = False
+        self.owner.epoll.modify(self.fd, _IN)
+        if self._tls is None:
+            self._open()
+        else:
+            self._handshake()
+
+    def _open(self) -> None:
+        self.is_open = True
+        self.took = _monotonic_ns() - self.began
+        self.owner.opened(self)
+
+    def _handshake(self) -> None:
+        assert self._tls is not None
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._flush_tls()
+            return
+        except ssl.SSLError as error:
+            self._fail("tls", str(error))
+            return
+        self._flush_tls()
+        if self.sock.fileno() >= 0:
+            self._open()
+
+    def _write(self, view: memoryview) -> None:
+        """Writes what the socket takes and keeps the rest until it takes more."""
+        try:
+            if self.call is not None and not self.call.bytes:
+                self.call.sent = _monotonic_ns()
+            gone = self.sock.send(view)
+        except BlockingIOError:
+            gone = 0
+        except OSError as error:
+            self._fail("reset", error.strerror or "send")
+            return
+        had_rest = self._out is not None
+        self._out = view[gone:] if gone < len(view) else None
+        if (self._out is not None) != had_rest:
+            self.owner.epoll.modify(self.fd, _IN | _OUT if self._out is not None else _IN)
+
+    def _flush_tls(self) -> None:
+        data = self._bios[1].read()
+        if data:
+            self._write(memoryview(bytes(self._out) + data if self._out is not None else data))
+
+    def _read(self) -> None:
+        owner = self.owner
+        try:
+            data, control, _, _ = self.sock.recvmsg(READ_BYTES, 64)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._fail("reset", error.strerror or "recv")
+            return
+        at = now = _monotonic_ns()
+        owner.reads += 1
+        # The kernel switches stamping on a moment after it is asked to: the first reads may come without.
+        if control:
+            at = owner.stamps.of(control[0][2])
+            if at > now:
+                at = now
+            owner.lags.append(now - at)
+        if self._tls is not None:
+            self._read_tls(data, at)
+        elif data:
+            self.on_data(data, at)
+        else:
+            self._ended(at)
+
+    def _read_tls(self, data: bytes, at: int) -> None:
+        assert self._tls is not None
+        if data:
+            self._bios[0].write(data)
+        else:
+            self._bios[0].write_eof()
+        if not self.is_open:
+            if data:
+                self._handshake()
+            else:
+                self._fail("tls", "closed during the handshake")
+            return
+        while self.sock.fileno() >= 0:
+            try:
+                plain = self._tls.read(READ_BYTES)
+            except ssl.SSLWantReadError:
+                break
+            except ssl.SSLEOFError:
+                plain = b""
+            except ssl.SSLError as error:
+                self._fail("tls", str(error))
+                return
+            if not plain:
+                self._ended(at)
+                return
+            self.on_data(plain, at)
+        if self.sock.fileno() >= 0:
+            self._flush_tls()
+
+    def on_data(self, data: bytes, at: int) -> None:
+        """Bytes of an answer, stamped."""
+        call = self.call
+        if call is None:
+            self._fail("protocol", "the server spoke without being asked")
+            return
+        call.heard = at
+        call.bytes += len(data)
+        reader = self.reader
+        try:
+            pieces = reader.feed(data)
+            events = call.events
+            if events is None:
+                if call.body is None and reader.status:
+                    self._choose_framing(call)
+                    events = call.events
+                if call.body is not None and pieces:
+                    call.body += pieces
+                    if call.bytes > MAX_BODY:
+                        raise ProtocolError(f"an answer of more than {MAX_BODY >> 20} MiB")
+            if events is not None:
+                self._take_events(call, events, pieces, at)
+        except ProtocolError as error:
+            self._fail("protocol", str(error))
+            return
+        except TooLong:
+            self._fail("protocol", "an event of more than 4 MiB")
+            return
+        if reader.is_done:
+            if reader.leftover:
+                reader.is_kept = False
+            self._finish(call, at)
+
+    def _take_events(self, call: Call, events: EventReader | LineReader, pieces: list[bytes], at: int) -> None:
+        answer, stamps, read_event = call.answer, call.stamps, self.owner.api.read_event
+        before = len(stamps)
+        for piece in pieces:
+            for payload in events.feed(piece):
+                kind = read_event(payload, answer)
+                if kind:
+                    stamps.append(at)
+                    if answer.output_tokens >= 0:
+                        call.marks.append(answer.output_tokens)
+                    if kind == 1 and call.first_output < 0:
+                        call.first_output = at
+        if len(stamps) - before > 1:
+            self.owner.coalesced += len(stamps) - before - 1
+
+    def _choose_framing(self, call: Call) -> None:
+        """Events where the server says so; else, and for errors, the body is read as a whole."""
+        kind = self.reader.headers.get(b"content-type", b"").lower()
+        if self.reader.status == 200 and kind.startswith(b"text/event-stream"):
+            call.events = EventReader()
+        elif self.reader.status == 200 and b"ndjson" in kind and self.owner.api.framing == "lines":
+            call.events = LineReader()
+        else:
+            call.body = []
+
+    def _ended(self, at: int) -> None:
+        """The server closed."""
+        call = self.call
+        if call is None:
+            self.close()
+            return
+        try:
+            self.reader.feed_end()
+        except ProtocolError as error:
+            # A stream that breaks off behind its first event is the server's failure, not a lost connection.
+            outcome = "truncated" if call.events is not None else "reset"
+            self._fail(outcome, str(error))
+            return
+        self.reader.is_kept = False
+        self._finish(call, at)
+
+    def _finish(self, call: Call, at: int) -> None:
+        self.call = None
+        if not self.reader.is_kept or self._out is not None:
+            self.close()
+        self.owner.answered(self, call, at)
+
+    def _fail(self, outcome: str, said: str) -> None:
+        call = self.call
+        self.close()
+        self.owner.failed(self, call, outcome, said, _monotonic_ns())

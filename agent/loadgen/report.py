@@ -1,0 +1,380 @@
+"""The report of a run: what was asked, what was measured, by which formulas, and whether it may be believed."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from agent.loadgen import verdict
+from agent.loadgen.metrics import (
+    FORMULAS,
+    MS,
+    NS,
+    Limit,
+    Summary,
+    Window,
+    good_count,
+    latencies,
+    of_histogram,
+    summarize,
+)
+from agent.loadgen.records import GRID_NS, OUTCOMES, SOURCES, WIDTH, Records
+from agent.loadgen.run import Outcome
+from agent.loadgen.verdict import Finding, Steadiness
+from agent.loadgen.workload import Workload
+from herder import __version__
+
+SCHEMA_VERSION = 1
+
+
+class Throughput(msgspec.Struct, frozen=True):
+    """Rates over the window."""
+
+    req_s: float
+    output_tok_s: float
+    input_tok_s: float
+    peak_output_tok_s: float
+    """The best second."""
+
+
+class Goodput(msgspec.Struct, frozen=True):
+    """What met the limits."""
+
+    limits_ms: dict[str, float]
+    good: int
+    goodput_req_s: float
+    slo_attainment: float | None
+
+
+class Second(msgspec.Struct, frozen=True):
+    """One second of the run: requests by the second they were due, sent or ended; in flight at its end."""
+
+    at_s: int
+    due: int
+    sent: int
+    ended: int
+    failed: int
+    in_flight: int
+    output_tokens: int
+    ttft_p50_ms: float | None
+    ttft_p99_ms: float | None
+    send_lag_max_ms: float | None
+
+
+class Generator(msgspec.Struct, frozen=True):
+    """What the load generator itself did and used."""
+
+    workers: list[dict[str, Any]]
+    client_lag: Summary
+    reads: int
+    connections: int
+    coalesced: int
+    cpu_us_per_token: float | None
+
+
+class Report(msgspec.Struct, frozen=True):
+    """A run."""
+
+    schema_version: int
+    kind: str
+    created: float
+    versions: dict[str, str]
+    machine: dict[str, Any]
+    plan: dict[str, Any]
+    is_valid: bool
+    reasons: list[Finding]
+    warnings: list[Finding]
+    rules: dict[str, str]
+    formulas: dict[str, str]
+    window: dict[str, Any]
+    counts: dict[str, int]
+    errors: dict[str, int]
+    error_samples: dict[str, list[str]]
+    error_rate: float | None
+    token_source: str
+    itl_source: str
+    input_tokens: int
+    output_tokens: int
+    throughput: Throughput
+    latency: dict[str, Summary]
+    goodput: Goodput | None
+    steady: Steadiness
+    generator: Generator
+    classes: dict[str, dict[str, Any]]
+    series: list[Second]
+    histograms: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a run was to be, as far as the report needs it."""
+
+    plan: Mapping[str, Any]
+    """Everything that was asked, as plain data."""
+    is_open: bool
+    warmup_s: float
+    until_s: float | None
+    """Nothing was to be sent from here on; None: the run ends with its last answer."""
+    cooldown_s: float
+    due_ns: Sequence[int]
+    limits: Sequence[Limit]
+    workload: Workload
+    is_exact: bool
+
+
+def window_of(asked: Asked, outcome: Outcome) -> tuple[Window, str]:
+    """The measured part, its edges on the grid of 10 ms, and the rule that gave it."""
+    begin = math.ceil(asked.warmup_s * NS / GRID_NS) * GRID_NS
+    if asked.until_s is not None:
+        end, rule = int((asked.until_s - asked.cooldown_s) * NS), "from warm-up to the end of sending less cool-down"
+    else:
+        last = max(outcome.records.column("end"), default=0)
+        end = last + GRID_NS - int(asked.cooldown_s * NS)
+        rule = "from warm-up to the last answer less cool-down"
+    if outcome.stopped_ns is not None and outcome.stopped_ns < end:
+        end, rule = outcome.stopped_ns, "from warm-up to the interruption"
+    end = end // GRID_NS * GRID_NS
+    return Window(begin, max(end, begin + GRID_NS)), rule
+
+
+def build(asked: Asked, outcome: Outcome) -> Report:
+    """The report of a finished run."""
+    records = outcome.records
+    window, rule = window_of(asked, outcome)
+    samples = latencies(records, window)
+    scheduled, outcomes = records.column("scheduled"), records.column("outcome")
+    inside = [code for at, code in zip(scheduled, outcomes, strict=True) if window.holds(at)]
+    failed = sum(1 for code in inside if code)
+    adjusted = ("ttft", "ttft_sched", "e2e", "e2e_sched")
+    latency = {name: summarize(values, failed if name in adjusted else 0) for name, values in samples.items()}
+    latency |= {"icl": of_histogram(records.icl), "itl": of_histogram(records.itl)}
+    lag = of_histogram(records.lag)
+    points = [
+        (at / NS, (last - at) / MS)
+        for at, last, code in records.columns("scheduled", "last", "outcome")
+        if code == 0 and window.holds(at)
+    ]
+    steady = verdict.steadiness(points)
+    token_source = _main_source(records)
+    reasons = verdict.reasons(
+        records,
+        latency,
+        lag,
+        window,
+        planned=sum(1 for at in asked.due_ns if window.holds(at)) if asked.is_open else None,
+        sent_in_time=sum(
+            1
+            for at, acted in records.columns("scheduled", "acted")
+            if window.holds(at) and 0 <= acted < window.end_ns + verdict.LATE_FLOOR_NS
+        ),
+        is_interrupted=outcome.is_interrupted,
+        lost_workers=outcome.lost_workers,
+    )
+    warned = verdict.warnings(
+        records,
+        latency,
+        steady,
+        prepared=len(asked.workload.items),
+        counted_by=asked.workload.counted_by,
+        is_exact=asked.is_exact,
+        counted_as=token_source,
+    )
+    tokens = sum(records.grid.values())
+    cpu_s = sum(worker["cpu_s"] for worker in records.workers)
+    counts = verdict.counts_of(records)
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        kind="herder-bench",
+        created=outcome.start_wall_s,
+        versions={"herder": __version__, "python": platform.python_version()},
+        machine=machine(),
+        plan=dict(asked.plan),
+        is_valid=not reasons,
+        reasons=reasons,
+        warnings=warned,
+        rules=verdict.RULES,
+        formulas=FORMULAS,
+        window={"begin_s": window.begin_ns / NS, "end_s": window.end_ns / NS, "rule": rule, "run_s": outcome.wall_s},
+        counts={
+            "sent": len(records),
+            "not_sent": records.facts.get("not_sent", 0),
+            "in_window": len(inside),
+            "good": len(inside) - failed,
+            "failed": failed,
+        },
+        errors={name: counts[name] for name in OUTCOMES[1:] if counts.get(name)},
+        error_samples=records.errors,
+        error_rate=failed / len(inside) if inside else None,
+        token_source=token_source,
+        itl_source=_itl_source(records),
+        input_tokens=sum(_inputs(row) for row in records.columns("input", "counted_input", "outcome")),
+        output_tokens=tokens,
+        throughput=throughput(records, window),
+        latency=latency,
+        goodput=_goodput(asked, records, window, len(inside)),
+        steady=steady,
+        generator=Generator(
+            records.workers,
+            lag,
+            records.facts.get("reads", 0),
+            records.facts.get("connections", 0),
+            records.facts.get("coalesced", 0),
+            cpu_s * 1e6 / tokens if tokens else None,
+        ),
+        classes=_classes(asked, records, window),
+        series=series(records, asked.due_ns),
+        histograms=_histograms(records, samples),
+    )
+
+
+def _inputs(row: tuple[int, ...]) -> int:
+    there, here, outcome = row
+    return 0 if outcome else there if there >= 0 else here
+
+
+def throughput(records: Records, window: Window) -> Throughput:
+    """Rates over the window, and the best second in it."""
+    first, last = window.begin_ns // GRID_NS, window.end_ns // GRID_NS
+    inside = {at: tokens for at, tokens in records.grid.items() if first <= at < last}
+    per_second: dict[int, int] = {}
+    each = NS // GRID_NS
+    for at, tokens in inside.items():
+        second = (at - first) // each
+        per_second[second] = per_second.get(second, 0) + tokens
+    ended = inputs = 0
+    for end, outcome, there, here in records.columns("end", "outcome", "input", "counted_input"):
+        if outcome == 0 and window.holds(end):
+            ended += 1
+            inputs += there if there >= 0 else here
+    tokens = sum(inside.values())
+    # A last second that is not whole would not be one.
+    peak = max(per_second.values(), default=0) if window.seconds >= 1 else tokens / window.seconds
+    return Throughput(ended / window.seconds, tokens / window.seconds, inputs / window.seconds, peak)
+
+
+def _goodput(asked: Asked, records: Records, window: Window, inside: int) -> Goodput | None:
+    if not asked.limits:
+        return None
+    good = good_count(records, window, asked.limits, asked.is_open)
+    named = {limit.metric: limit.below_ms for limit in asked.limits}
+    return Goodput(named, good, good / window.seconds, good / inside if inside else None)
+
+
+def _main_source(records: Records) -> str:
+    """Who counted most answers' tokens."""
+    counts = [0] * len(SOURCES)
+    for source, outcome in records.columns("source", "outcome"):
+        if outcome == 0:
+            counts[source] += 1
+    return SOURCES[counts.index(max(counts))] if any(counts) else "none"
+
+
+def _itl_source(records: Records) -> str:
+    """How gaps were given to tokens: what most of them were."""
+    names = {
+        "itl_exact": "tokens of every piece known",
+        "itl_one_each": "one token in every piece",
+        "itl_assumed": "one token in every piece assumed",
+        "itl_mean": "mean tokens of a piece",
+    }
+    best = max(names, key=lambda name: records.facts.get(name, 0))
+    return names[best] if records.facts.get(best) else "none"
+
+
+def _classes(asked: Asked, records: Records, window: Window) -> dict[str, dict[str, Any]]:
+    """The main figures of each class, where there are several."""
+    names = asked.workload.classes
+    if len(names) < 2:
+        return {}
+    width = len(records.column("index"))
+    by_class = records.column("class_id")
+    found: dict[str, dict[str, Any]] = {}
+    for class_id, name in enumerate(names):
+        part = Records()
+        for number in range(width):
+            if by_class[number] == class_id:
+                part.rows.extend(records.rows[number * WIDTH : (number + 1) * WIDTH])
+        samples = latencies(part, window)
+        found[name] = {"sent": len(part)} | {
+            metric: msgspec.to_builtins(summarize(samples[metric])) for metric in ("ttft", "tpot", "e2e")
+        }
+    return found
+
+
+def _histograms(records: Records, samples: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
+    """Every metric as a histogram that adds up with those of other runs."""
+    from agent.loadgen.histogram import Histogram
+
+    made = {"icl": records.icl, "itl": records.itl, "client_lag": records.lag}
+    for name in ("ttft", "ttft_sched", "tpot", "e2e", "e2e_sched", "send_lag"):
+        made[name] = Histogram()
+        made[name].add_all(samples[name])
+    return {name: {"unit": "ns"} | histogram.to_wire() for name, histogram in made.items()}
+
+
+def series(records: Records, due_ns: Sequence[int]) -> list[Second]:
+    """The run second by second."""
+    rows = list(records.columns("scheduled", "acted", "sent", "first", "end", "outcome"))
+    last = max((row[4] for row in rows), default=-1) // NS
+    if last < 0 or last > 1_000_000:
+        return []
+    due, sent, ended, failed, change, lag = ([0] * (last + 2) for _ in range(6))
+    ttft: list[list[int]] = [[] for _ in range(last + 2)]
+    for scheduled, acted, went, first, end, outcome in rows:
+        at = min(max(scheduled // NS, 0), last)
+        due[at] += 1
+        if acted >= 0:
+            sent[min(acted // NS, last)] += 1
+            change[min(acted // NS, last)] += 1
+            change[min(max(end // NS, 0), last)] -= 1
+            lag[at] = max(lag[at], acted - scheduled)
+        ended[min(max(end // NS, 0), last)] += 1
+        failed[min(max(end // NS, 0), last)] += bool(outcome)
+        if first >= 0 and went >= 0:
+            ttft[at].append(first - went)
+    tokens = [0] * (last + 2)
+    for place, number in records.grid.items():
+        tokens[min(max(place * GRID_NS // NS, 0), last)] += number
+    found, flying = [], 0
+    for second in range(last + 1):
+        flying += change[second]
+        times = summarize(ttft[second]).percentiles
+        found.append(
+            Second(
+                second, due[second], sent[second], ended[second], failed[second], flying, tokens[second],
+                times.get("p50"), times.get("p99"), lag[second] / MS if due[second] else None,
+            )
+        )  # fmt: skip
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the generator ran on."""
+    return {
+        "host": platform.node(),
+        "kernel": platform.release(),
+        "cpus": os.cpu_count(),
+        "load_average": list(os.getloadavg()),
+    }
+
+
+def detail(records: Records) -> list[dict[str, Any]]:
+    """Every request, times in milliseconds after the start of the run."""
+    from agent.loadgen.records import COLUMNS
+
+    times = {"scheduled", "acted", "sent", "first", "first_output", "last", "end", "connect", "stall"}
+    made = []
+    for row in records.columns(*COLUMNS):
+        value: dict[str, Any] = dict(zip(COLUMNS, row, strict=True))
+        for name in times:
+            value[f"{name}_ms"] = value[name] / MS if value[name] >= 0 else None
+            del value[name]
+        value["outcome"], value["source"] = OUTCOMES[row[COLUMNS.index("outcome")]], SOURCES[row[-1]]
+        made.append(value)
+    return made

@@ -1,0 +1,274 @@
+"""A run on this machine: processes forked from one that has prepared everything, armed, started together, merged.
+
+The caller must be a process of one thread. Each worker opens its connections and says that it is ready; when all are,
+the common start is set a moment ahead on CLOCK_MONOTONIC, which they share. A worker that dies leaves a gap that is
+told, not filled. A worker whose parent dies cancels what it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import resource
+import select
+import signal
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from agent.loadgen.engine import NS, Engine, Share, Tick
+from agent.loadgen.records import Records
+
+LEAD_NS = 50_000_000
+READY_S = 60.0
+_GO, _STOP, _CANCEL = b"G", b"S", b"C"
+_LENGTH = struct.Struct("!I")
+_START = struct.Struct("!q")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a run left behind."""
+
+    records: Records
+    start_wall_s: float = 0.0
+    is_interrupted: bool = False
+    stopped_ns: int | None = None
+    """When it was interrupted, after the start."""
+    lost_workers: int = 0
+    wall_s: float = 0.0
+    said: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Worker:
+    pid: int
+    control_fd: int
+    result_fd: int
+    buffer: bytearray = field(default_factory=bytearray)
+    is_ready: bool = False
+    is_over: bool = False
+    records: Records | None = None
+
+
+def run(
+    shares: Sequence[Share],
+    *,
+    count_tokens: Callable[[str], int] | None = None,
+    on_tick: Callable[[int, Tick], None] | None = None,
+    on_start: Callable[[], None] | None = None,
+) -> Outcome:
+    """Runs the shares, one process each. The first SIGINT or SIGTERM stops sending and lets answers end, the second
+    cancels them. Returns what was measured, also then."""
+    assert shares
+    assert threading.active_count() >= 1
+    outcome = Outcome(Records())
+    workers = [_fork(share, count_tokens) for share in shares]
+    signals = 0
+    started_ns = 0
+
+    def on_signal(number: int, frame: Any) -> None:
+        nonlocal signals
+        signals += 1
+        outcome.is_interrupted = True
+        if outcome.stopped_ns is None and started_ns:
+            outcome.stopped_ns = max(0, time.monotonic_ns() - started_ns)
+        _tell(workers, _STOP if signals == 1 else _CANCEL)
+        if signals > 2:
+            for worker in workers:
+                _kill(worker)
+
+    try:
+        with _signals(on_signal):
+            _pump(workers, lambda: all(w.is_ready or w.is_over for w in workers), on_tick, outcome, READY_S)
+            started_ns = time.monotonic_ns() + LEAD_NS
+            outcome.start_wall_s = time.time() + LEAD_NS / NS
+            _tell(workers, _GO + _START.pack(started_ns))
+            if on_start is not None:
+                on_start()
+            _pump(workers, lambda: all(w.is_over for w in workers), on_tick, outcome, None)
+            outcome.wall_s = max(0.0, (time.monotonic_ns() - started_ns) / NS)
+    finally:
+        for worker in workers:
+            if not worker.is_over:
+                _kill(worker)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(worker.pid, 0)
+            os.close(worker.control_fd)
+            os.close(worker.result_fd)
+    for worker in workers:
+        if worker.records is None:
+            outcome.lost_workers += 1
+        else:
+            outcome.records.merge(worker.records)
+    return outcome
+
+
+@contextlib.contextmanager
+def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """The handler for SIGINT and SIGTERM, in a main thread; elsewhere nobody would call it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _tell(workers: Sequence[_Worker], message: bytes) -> None:
+    for worker in workers:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(worker.control_fd, message)
+
+
+def _kill(worker: _Worker) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(worker.pid, signal.SIGKILL)
+
+
+def _pump(
+    workers: Sequence[_Worker],
+    is_done: Callable[[], bool],
+    on_tick: Callable[[int, Tick], None] | None,
+    outcome: Outcome,
+    limit_s: float | None,
+) -> None:
+    """Reads what workers say until something holds."""
+    deadline = None if limit_s is None else time.monotonic() + limit_s
+    poll = select.poll()
+    by_fd = {worker.result_fd: (number, worker) for number, worker in enumerate(workers) if not worker.is_over}
+    for fd in by_fd:
+        poll.register(fd, select.POLLIN)
+    while not is_done():
+        if deadline is not None and time.monotonic() > deadline:
+            raise TimeoutError("the load generator's processes did not get ready")
+        for fd, _ in poll.poll(500):
+            number, worker = by_fd[fd]
+            data = os.read(fd, 1 << 20)
+            if not data:
+                worker.is_over = True
+                poll.unregister(fd)
+                continue
+            worker.buffer += data
+            for message in _messages(worker.buffer):
+                _take(number, worker, message, on_tick, outcome)
+
+
+def _messages(buffer: bytearray) -> Iterator[dict[str, Any]]:
+    while len(buffer) >= _LENGTH.size:
+        (length,) = _LENGTH.unpack_from(buffer)
+        if len(buffer) < _LENGTH.size + length:
+            return
+        body = bytes(buffer[_LENGTH.size : _LENGTH.size + length])
+        del buffer[: _LENGTH.size + length]
+        yield msgspec.msgpack.decode(body, strict=False)
+
+
+def _take(
+    number: int,
+    worker: _Worker,
+    message: dict[str, Any],
+    on_tick: Callable[[int, Tick], None] | None,
+    outcome: Outcome,
+) -> None:
+    match message.get("kind"):
+        case "ready":
+            worker.is_ready = True
+        case "tick" if on_tick is not None:
+            on_tick(number, Tick(**message["tick"]))
+        case "done":
+            worker.records = Records.from_wire(message["records"])
+        case "broken":
+            outcome.said.append(str(message["said"]))
+
+
+def _fork(share: Share, count_tokens: Callable[[str], int] | None) -> _Worker:
+    control_read, control_write = os.pipe2(os.O_CLOEXEC)
+    result_read, result_write = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid:
+        os.close(control_read)
+        os.close(result_write)
+        return _Worker(pid, control_write, result_read)
+    code = 1
+    try:
+        os.close(control_write)
+        os.close(result_read)
+        _work(share, count_tokens, control_read, result_write)
+        code = 0
+    except BaseException as error:  # noqa: BLE001  # the border of a process: what it was is told to the parent
+        with contextlib.suppress(OSError):
+            _say(result_write, {"kind": "broken", "said": f"{type(error).__name__}: {error}"})
+    finally:
+        os._exit(code)
+    raise AssertionError("unreachable")
+
+
+def _say(fd: int, message: dict[str, Any]) -> None:
+    body = msgspec.msgpack.encode(message)
+    view = memoryview(_LENGTH.pack(len(body)) + body)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _work(share: Share, count_tokens: Callable[[str], int] | None, control_fd: int, result_fd: int) -> None:
+    """A worker's life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # A pass of the collector over the prepared requests would stop the loop for tens of milliseconds.
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    start_ns: list[int] = []
+
+    def on_control(engine: Engine) -> None:
+        data = os.read(control_fd, 1)
+        if data == _GO:
+            start_ns.append(_START.unpack(os.read(control_fd, _START.size))[0])
+        elif data == _STOP:
+            engine.stop()
+        else:
+            engine.cancel()
+            engine.epoll.unregister(control_fd)
+
+    engine = Engine(
+        share,
+        count_tokens=count_tokens,
+        control_fd=control_fd,
+        on_control=on_control,
+        on_tick=lambda tick: _say(result_fd, {"kind": "tick", "tick": _plain(tick)}),
+    )
+    engine.open_connections()
+    _say(result_fd, {"kind": "ready"})
+    while not start_ns and not engine.is_stopping:
+        engine.wait(1.0)
+    before, began = resource.getrusage(resource.RUSAGE_SELF), time.monotonic_ns()
+    records = engine.run(start_ns[0] if start_ns else time.monotonic_ns())
+    after, ended = resource.getrusage(resource.RUSAGE_SELF), time.monotonic_ns()
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    records.workers.append(
+        {
+            "cpu_s": cpu_s,
+            "wall_s": (ended - began) / NS,
+            "rss_bytes": after.ru_maxrss * 1024,
+            "descriptors": hard,
+            "soft_descriptors": soft,
+        }
+    )
+    engine.close()
+    _say(result_fd, {"kind": "done", "records": records.to_wire()})
+
+
+def _plain(tick: Tick) -> dict[str, Any]:
+    return {name: getattr(tick, name) for name in Tick.__slots__}

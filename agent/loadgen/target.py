@@ -1,0 +1,110 @@
+"""Where requests go: a URL taken apart, its address resolved once, its TLS context."""
+
+from __future__ import annotations
+
+import re
+import socket
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from agent.loadgen.apis import Api
+
+_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+_OWN = ("host", "content-length", "transfer-encoding", "connection", "accept-encoding")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One server and what is asked there."""
+
+    host: str
+    port: int
+    is_tls: bool
+    path: str
+    headers: tuple[tuple[str, str], ...] = ()
+    is_unverified: bool = False
+    ca_file: str | None = None
+
+    def resolve(self) -> tuple[int, tuple[str, int]]:
+        """(family, address), asked of the resolver once: no name is looked up during the run. Raises: OSError."""
+        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = found[0]
+        return int(family), (str(address[0]), int(address[1]))
+
+    def tls(self) -> ssl.SSLContext | None:
+        """The TLS context; None for plain HTTP."""
+        if not self.is_tls:
+            return None
+        context = ssl.create_default_context(cafile=self.ca_file)
+        context.set_alpn_protocols(["http/1.1"])
+        if self.is_unverified:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+    def request(self, method: str, body: bytes, content_type: str = "application/json") -> bytes:
+        """A whole request as it goes over the wire."""
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        default = 443 if self.is_tls else 80
+        lines = [f"{method} {self.path} HTTP/1.1", f"Host: {name}" + (f":{self.port}" if self.port != default else "")]
+        given = {key.lower() for key, _ in self.headers}
+        if "accept" not in given:
+            lines.append("Accept: */*")
+        if "user-agent" not in given:
+            lines.append("User-Agent: herder-bench")
+        if body or method in ("POST", "PUT", "PATCH"):
+            if "content-type" not in given:
+                lines.append(f"Content-Type: {content_type}")
+            lines.append(f"Content-Length: {len(body)}")
+        lines += [f"{key}: {value}" for key, value in self.headers]
+        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def parse_url(
+    url: str,
+    api: Api,
+    *,
+    path: str | None = None,
+    headers: Sequence[tuple[str, str]] = (),
+    is_unverified: bool = False,
+    ca_file: str | None = None,
+) -> Target:
+    """The target of `http://host:8000`, `.../v1` or a URL that names the API itself. Raises: ValueError."""
+    if "://" not in url:
+        url = f"http://{url}"
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise ValueError(f"{url!r} is not a URL") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r}: a URL begins with http:// or https:// and names a host")
+    if parts.username is not None:
+        raise ValueError("a URL with a password in it; use --header or --token-file")
+    found = path if path is not None else _path_of(parts.path, api)
+    if path is None and parts.query:
+        found += f"?{parts.query}"
+    if not found.startswith("/") or not found.isascii() or any(char <= " " or char == "\x7f" for char in found):
+        raise ValueError(f"{found!r} is not a path")
+    for key, value in headers:
+        if not _NAME.fullmatch(key) or not value.isprintable() or not value.isascii():
+            raise ValueError(f"{key!r} is not a header")
+        if key.lower() in _OWN:
+            raise ValueError(f"the header {key} is set by the load generator itself")
+    is_tls = parts.scheme == "https"
+    return Target(
+        parts.hostname, port or (443 if is_tls else 80), is_tls, found, tuple(headers), is_unverified, ca_file
+    )
+
+
+def _path_of(path: str, api: Api) -> str:
+    if api.name == "http":
+        return path or "/"
+    base = path.rstrip("/")
+    if base.endswith(api.tail):
+        return base
+    if base.endswith("/v1") and api.path.startswith("/v1/"):
+        return base + api.path.removeprefix("/v1")
+    return base + api.path

@@ -1,0 +1,296 @@
+"""What is sent: whole requests, written before the run, drawn from scenarios, datasets and traces by one seed.
+
+Nothing is drawn, counted or encoded while requests are being sent. When a run needs more requests than were prepared
+(closed loops, or more bytes than `MAX_PREPARED_BYTES`), they are sent again in their order, and the report says so.
+"""
+
+from __future__ import annotations
+
+import base64
+import random
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from agent.loadgen.apis import APIS, Api
+from agent.loadgen.datasets import Dataset, Row
+from agent.loadgen.scenario import Scenario, Shape
+from agent.loadgen.target import Target
+from agent.loadgen.traces import BLOCK_TOKENS, Arrival
+from agent.loadgen.words import Words
+
+MAX_PREPARED_BYTES = 256 << 20
+_TASKS = {
+    "text": ("chat", "completions", "ollama"),
+    "image": ("chat",),
+    "embeddings": ("embeddings",),
+    "rerank": ("rerank",),
+    "speech": ("speech",),
+    "dataset": ("chat", "completions", "ollama", "embeddings"),
+}
+_API_OF_TASK = {"embeddings": "embeddings", "rerank": "rerank", "speech": "speech"}
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How requests are written."""
+
+    api: Api
+    model: str
+    is_streaming: bool = True
+    is_exact: bool = True
+    """Ask for exactly as many answer tokens: min_tokens and ignore_eos beside max_tokens."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = 1
+    """Documents in a request of embeddings or rerank."""
+    prefix_tokens: int = 0
+    prefix_groups: int = 1
+    turns: int = 1
+    default_output_tokens: int = 128
+    """For rows of a dataset that do not say."""
+    method: str = "POST"
+    body: bytes = b""
+    """Of plain HTTP."""
+    content_type: str = "application/json"
+    wants_chunk_usage: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One request, ready to be sent."""
+
+    wire: bytes
+    class_id: int
+    input_tokens: int
+    """As counted here, without the server's template; 0 where nothing is counted."""
+    asked_tokens: int
+    follow: Item | None = None
+    """The next turn of the conversation, sent when this one was answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """All prepared requests; arrival i sends items[i % len(items)]."""
+
+    items: tuple[Item, ...]
+    classes: tuple[str, ...]
+    counted_by: str
+    is_cut_short: bool
+    """Fewer were prepared than wanted, for their size."""
+
+
+def api_for(scenarios: Sequence[Scenario], name: str | None) -> Api:
+    """The API that the scenarios need, or the named one if it fits. Raises: ValueError."""
+    needed = {_API_OF_TASK.get(scenario.task, "chat") for scenario in scenarios}
+    if name is None:
+        if len(needed) > 1:
+            raise ValueError(f"these scenarios need several APIs ({', '.join(sorted(needed))}); run them one by one")
+        return APIS[needed.pop() if needed else "chat"]
+    if name != "http":
+        for scenario in scenarios:
+            if name not in _TASKS[scenario.task]:
+                raise ValueError(f"{scenario.text} is for the API {' or '.join(_TASKS[scenario.task])}, not {name}")
+    return APIS[name]
+
+
+def prepare(
+    scenarios: Sequence[Scenario],
+    style: Style,
+    target: Target,
+    words: Words,
+    *,
+    count: int,
+    seed: int,
+    dataset: Dataset | None = None,
+    trace: Sequence[Arrival] | None = None,
+) -> Workload:
+    """The requests of a run. count: how many the run may need. Raises: ValueError."""
+    if any(scenario.task == "dataset" for scenario in scenarios) and dataset is None:
+        raise ValueError("the scenario `dataset` needs --dataset FILE")
+    maker = _Maker(style, target, words, random.Random(f"herder requests {seed}"), seed, dataset)
+    items: list[Item] = []
+    held = 0
+    source = _from_trace(maker, trace) if trace is not None else _from_scenarios(maker, scenarios)
+    if style.api.name == "http":
+        items, count = [Item(target.request(style.method, style.body, style.content_type), 0, 0, 0)], 1
+    while len(items) < count:
+        item = next(source, None)
+        if item is None:
+            break
+        items.append(item)
+        held += _size(item)
+        if held > MAX_PREPARED_BYTES:
+            break
+    classes = tuple(scenario.text for scenario in scenarios) if trace is None else ("trace",)
+    return Workload(tuple(items), classes or ("http",), words.counted_by, len(items) < count)
+
+
+def _size(item: Item | None) -> int:
+    held = 0
+    while item is not None:
+        held += len(item.wire) + 150
+        item = item.follow
+    return held
+
+
+def _from_scenarios(maker: _Maker, scenarios: Sequence[Scenario]) -> Iterator[Item]:
+    weights = [scenario.weight for scenario in scenarios]
+    while True:
+        class_id = 0 if len(weights) == 1 else maker.rng.choices(range(len(weights)), weights)[0]
+        yield maker.item(class_id, scenarios[class_id])
+
+
+def _from_trace(maker: _Maker, trace: Sequence[Arrival]) -> Iterator[Item]:
+    for arrival in trace:
+        text = maker.traced_text(arrival)
+        yield maker.conversation(0, [(text, "")], arrival.output_tokens)
+
+
+class _Maker:
+    """Writes requests."""
+
+    def __init__(
+        self, style: Style, target: Target, words: Words, rng: random.Random, seed: int, dataset: Dataset | None
+    ) -> None:
+        self.style, self.target, self.words, self.rng, self.seed = style, target, words, rng, seed
+        self._rows = dataset.rows if dataset is not None else ()
+        self._row_at = 0
+        self._prefixes: dict[int, str] = {}
+        self._blocks: dict[int, str] = {}
+
+    def item(self, class_id: int, scenario: Scenario) -> Item:
+        """The next request of a class."""
+        shape = scenario.sample(self.rng)
+        match scenario.task:
+            case "dataset":
+                row = self._row()
+                if self.style.api.name == "embeddings":
+                    return self._post(class_id, self._embeddings([row.turns[0][0]]), row.turns[0][0], 0)
+                said = row.turns[: self.style.turns]
+                return self.conversation(class_id, said, row.output_tokens or self.style.default_output_tokens)
+            case "embeddings":
+                texts = [self._text(shape.input_tokens) for _ in range(self.style.batch)]
+                return self._post(class_id, self._embeddings(texts), " ".join(texts), 0)
+            case "rerank":
+                query = self.words.text(shape.query_tokens, self.rng)
+                texts = [self._text(shape.input_tokens) for _ in range(self.style.batch)]
+                body = {"model": self.style.model, "query": query, "documents": texts, **self.style.parameters}
+                return self._post(class_id, body, " ".join([query, *texts]), 0)
+            case "speech":
+                text = self.words.text(shape.characters, self.rng)[: shape.characters]
+                body = {"model": self.style.model, "input": text, "voice": "alloy", **self.style.parameters}
+                return self._post(class_id, body, text, 0)
+            case "image":
+                return self._image(class_id, shape)
+            case _:
+                turns = [
+                    (self._text(shape.input_tokens), self.words.text(shape.output_tokens, self.rng))
+                    for _ in range(self.style.turns)
+                ]
+                return self.conversation(class_id, turns, shape.output_tokens)
+
+    def conversation(self, class_id: int, turns: Sequence[tuple[str, str]], output_tokens: int) -> Item:
+        """The first turn, linked with those after it; earlier answers are the prepared ones, so that no body is written
+        during the run."""
+        made: Item | None = None
+        for last in range(len(turns), 0, -1):
+            messages: list[dict[str, Any]] = []
+            for number, (asked, answered) in enumerate(turns[:last]):
+                messages.append({"role": "user", "content": asked})
+                if number < last - 1:
+                    messages.append({"role": "assistant", "content": answered})
+            text = "\n\n".join(message["content"] for message in messages)
+            made = self._post(class_id, self._question(messages, text, output_tokens), text, output_tokens, made)
+        assert made is not None
+        return made
+
+    def traced_text(self, arrival: Arrival) -> str:
+        """Text of the recorded length, whose leading blocks are the same where the trace says that they are."""
+        if not arrival.hash_ids:
+            return self._text(arrival.input_tokens)
+        blocks = []
+        for number in arrival.hash_ids:
+            if number not in self._blocks:
+                self._blocks[number] = self.words.text(BLOCK_TOKENS, random.Random(f"block {self.seed} {number}"))
+            blocks.append(self._blocks[number])
+        words = " ".join(blocks).split(" ")
+        if self.words.counted_by == "words":
+            words = words[: arrival.input_tokens]
+        missing = arrival.input_tokens - len(arrival.hash_ids) * BLOCK_TOKENS
+        return " ".join(words) + (" " + self.words.text(missing, self.rng) if missing > 0 else "")
+
+    def _row(self) -> Row:
+        row = self._rows[self._row_at % len(self._rows)]
+        self._row_at += 1
+        return row
+
+    def _text(self, tokens: int) -> str:
+        """Text with the shared prefix in front; the prefix counts into the tokens."""
+        shared = min(self.style.prefix_tokens, max(tokens - 1, 0))
+        if not shared:
+            return self.words.text(tokens, self.rng)
+        group = self.rng.randrange(self.style.prefix_groups)
+        if group not in self._prefixes:
+            self._prefixes[group] = self.words.text(
+                self.style.prefix_tokens, random.Random(f"prefix {self.seed} {group}")
+            )
+        prefix = self._prefixes[group]
+        if shared < self.style.prefix_tokens:
+            prefix = " ".join(prefix.split(" ")[:shared])
+        return f"{prefix} {self.words.text(tokens - shared, self.rng)}"
+
+    def _question(self, messages: list[dict[str, Any]], text: str, output_tokens: int) -> dict[str, Any]:
+        style = self.style
+        if style.api.name == "ollama":
+            options = {"num_predict": output_tokens, "temperature": 0}
+            return {
+                "model": style.model, "messages": messages, "stream": style.is_streaming, "options": options,
+                **style.parameters,
+            }  # fmt: skip
+        body: dict[str, Any] = {"model": style.model}
+        body |= {"messages": messages} if style.api.name == "chat" else {"prompt": text}
+        body |= {"max_tokens": output_tokens, "temperature": 0, "stream": style.is_streaming}
+        if style.is_streaming:
+            body["stream_options"] = {"include_usage": True}
+            if style.wants_chunk_usage:
+                body["stream_options"]["continuous_usage_stats"] = True
+        if style.is_exact:
+            body |= {"min_tokens": output_tokens, "ignore_eos": True}
+        return body | dict(style.parameters)
+
+    def _embeddings(self, texts: list[str]) -> dict[str, Any]:
+        return {"model": self.style.model, "input": texts, **self.style.parameters}
+
+    def _image(self, class_id: int, shape: Shape) -> Item:
+        text = self._text(shape.input_tokens)
+        parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        for _ in range(shape.images):
+            data = base64.b64encode(png(shape.width, shape.height, self.rng)).decode()
+            parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
+        tokens = self.style.default_output_tokens
+        return self._post(class_id, self._question([{"role": "user", "content": parts}], text, tokens), text, tokens)
+
+    def _post(
+        self, class_id: int, body: dict[str, Any], text: str, asked_tokens: int, follow: Item | None = None
+    ) -> Item:
+        wire = self.target.request("POST", msgspec.json.encode(body))
+        return Item(wire, class_id, self.words.count(text), asked_tokens, follow)
+
+
+def png(width: int, height: int, rng: random.Random) -> bytes:
+    """An image that is not any other: stripes of random colours."""
+    rows = []
+    for at in range(height):
+        if at % 16 == 0:
+            stripe = b"\0" + rng.randbytes(3) * width
+        rows.append(stripe)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(b"".join(rows), 1)), (b"IEND", b""))
+    framed = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)

@@ -1,0 +1,132 @@
+"""`herder bench`: load on any URL, with numbers that say how they were made. Needs no head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from herder.cli import output
+from herder.cli.command import Duration, Globals, KeyValue, pass_globals, verb
+
+if TYPE_CHECKING:
+    from agent.loadgen.order import Order
+
+EXAMPLES = (
+    "herder bench http://localhost:8000 --model llama --rate 10 --duration 60s",
+    "herder bench localhost:8000 --model m --concurrency 32 --requests 500 --scenario 'N(480,9)/(300,9)'",
+    "herder bench localhost:8000 --model llama --arrivals ramp --rate 1 --peak 50 --duration 5m",
+    "herder bench localhost:8000 --model llama --arrivals trace --trace mooncake.jsonl --speed 2",
+    "herder bench localhost:8000 --api embeddings --model bge --scenario 'E(512)' --rate 50 --duration 9s",
+    "herder bench http://localhost:9000/health --api http --method GET --rate 1000 --duration 10s",
+)
+ARRIVALS = ("poisson", "constant", "gamma", "ramp", "steps", "spike", "sine", "trace")
+
+
+@verb("bench", examples=EXAMPLES)
+@click.argument("target", metavar="URL")
+@click.option("--model", default="", help="The model's name in requests.")
+@click.option("--api", help="chat, completions, embeddings, rerank, speech, ollama or http; else what scenarios need.")
+@click.option("--rate", type=float, help="Open loop: requests per second, sent whatever came back.")
+@click.option("--arrivals", type=click.Choice(ARRIVALS), default="poisson", help="Open loop: how arrivals are spread.")
+@click.option("--burstiness", type=float, help="Shape of the gaps: 1 Poisson, below 1 clumps, inf equal gaps.")
+@click.option("--peak", type=float, help="The rate at the end of a ramp, in a spike, at the top of a sine.")
+@click.option("--peak-at", type=Duration(), help="When a spike begins; default a third into the run.")
+@click.option("--peak-for", type=Duration(), help="How long a spike lasts; default a sixth of the run.")
+@click.option("--period", type=Duration(), help="Of a sine; default the run.")
+@click.option("--step", "steps", multiple=True, metavar="RATExTIME", help="A step, as 10x30s; one after the other.")
+@click.option("--trace", type=click.Path(), help="Recorded arrivals: Mooncake, BurstGPT or Azure.")
+@click.option("--speed", type=float, default=1.0, help="Play a trace so many times as fast.")
+@click.option("--concurrency", type=int, help="Closed loop: requests kept on their way.")
+@click.option("--think", type=Duration(), default=0.0, help="Closed loop: pause between answer and next request.")
+@click.option("--stagger", type=Duration(), default=0.0, help="Closed loop: begin spread over this time.")
+@click.option("--duration", type=Duration(), help="How long to measure; warm-up and cool-down come on top.")
+@click.option("--requests", type=int, help="How many to send in all.")
+@click.option("--warmup", type=Duration(), default=0.0, help="Load before the measured window.")
+@click.option("--cooldown", type=Duration(), default=0.0, help="Load behind the measured window.")
+@click.option("--scenario", "scenarios", multiple=True, help="Sizes, as 'D(100,50)'; several, with x3 as weight, mix.")
+@click.option("--dataset", help="Prompts of a file: ShareGPT, HellaSwag, Alpaca, JSON lines, CSV, text.")
+@click.option("--tokenizer", type=click.Path(), help="The model's tokenizer.json: exact counts (needs tokenizers).")
+@click.option("--prefix-tokens", type=int, default=0, help="Tokens that prompts share, counted into their size.")
+@click.option("--prefix-groups", type=int, default=1, help="How many such prefixes there are.")
+@click.option("--turns", type=int, default=1, help="Turns of a conversation; each follows the answer before.")
+@click.option("--turn-think", type=Duration(), default=0.0, help="Pause before the next turn.")
+@click.option("--batch", type=int, default=1, help="Documents in a request of embeddings or rerank.")
+@click.option("--stream/--no-stream", default=True, help="Stream answers (default).")
+@click.option("--exact/--no-exact", default=True, help="Ask for exactly as many tokens: min_tokens, ignore_eos.")
+@click.option("--chunk-usage", is_flag=True, help="Ask for token counts with every piece (vLLM, SGLang).")
+@click.option("--param", "parameters", type=KeyValue(), multiple=True, help="A field of the body, as top_p=0.9.")
+@click.option("--header", "headers", multiple=True, help="A header, as 'Name: value'.")
+@click.option("--path", help="Another path than the API's.")
+@click.option("--method", default="POST", help="Plain HTTP: the method.")
+@click.option("--body", type=click.Path(), help="Plain HTTP: a file with the body.")
+@click.option("--slo", "slos", multiple=True, metavar="METRIC:MS", help="A limit for goodput: ttft, tpot or e2e.")
+@click.option("--seed", type=int, default=0, help="Of arrivals, sizes and texts.")
+@click.option("--workers", type=int, default=1, help="Processes that share the load.")
+@click.option("--drain", type=Duration(), default=60.0, help="How long answers are awaited after the last send.")
+@click.option("--timeout", type=Duration(), default=900.0, help="Longest time of one request.")
+@click.option("--first-timeout", type=Duration(), default=300.0, help="Longest wait for the first output.")
+@click.option("--insecure", is_flag=True, help="Do not check the server's TLS certificate.")
+@click.option("--format", "format_", type=click.Choice(["json", "csv", "vllm", "genai-bench"]), help="Of --save.")
+@click.option("--save", type=click.Path(), help="Write the report there; without --format by its suffix.")
+@click.option("--detail", is_flag=True, help="With every request in the JSON report.")
+@pass_globals
+def command(options: Globals, /, **given: Any) -> int:
+    """Send load to a URL and say what it took.
+
+    Open loop (--rate) sends on a schedule that was drawn beforehand; latencies count from the intended time, too.
+    Closed loop (--concurrency) sends when an answer has come. A run whose own generator was late is marked invalid and
+    ends with exit code 1. Ctrl-C stops sending and shows what was measured; a second one cuts answers off.
+    """
+    from agent.loadgen.order import order_of, perform
+    from herder.cli.bench_view import Live, render
+
+    if options.token_file:
+        token = Path(options.token_file).read_text().strip()
+        given["headers"] = (*given["headers"], f"Authorization: Bearer {token}")
+    given["ca_file"] = options.ca_file
+    try:
+        order: Order = order_of(given)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    live = Live(options, order)
+    report, outcome = perform(order, on_tick=live.take, on_start=live.begin)
+    live.end()
+    if given["save"]:
+        _save(given, report, outcome)
+    value: Any = report
+    if given["detail"]:
+        import msgspec
+
+        from agent.loadgen.report import detail
+
+        value = msgspec.to_builtins(report) | {"requests": detail(outcome.records)}
+    output.emit(options, value, render(report))
+    for said in outcome.said:
+        output.note(options, f"a worker: {said}")
+    if outcome.is_interrupted:
+        return output.EXIT_INTERRUPTED
+    return output.EXIT_OK if report.is_valid else output.EXIT_FAILED
+
+
+def _save(given: dict[str, Any], report: Any, outcome: Any) -> None:
+    """Writes the report in its format."""
+    import msgspec
+
+    from agent.loadgen import formats
+    from agent.loadgen.report import detail
+
+    path = Path(given["save"])
+    kind = given["format_"] or ("csv" if path.suffix == ".csv" else "json")
+    if kind == "csv":
+        path.write_text(formats.to_csv(report))
+        return
+    value: Any = msgspec.to_builtins(report)
+    if kind == "vllm":
+        value = formats.to_vllm(report, outcome.records)
+    elif kind == "genai-bench":
+        value = formats.to_genai_bench(report, outcome.records)
+    elif given["detail"]:
+        value |= {"requests": detail(outcome.records)}
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
