@@ -64,10 +64,14 @@ def own_calibration(given: str | None) -> Active | None:
 
 
 def _content(path: Path) -> bytes:
-    with path.open("rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise click.UsageError(f"{path} is no plain file")
-        data = file.read(FILE_BYTES + 1)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise click.UsageError(f"{path} is no plain file")
+            data = file.read(FILE_BYTES + 1)
+    except OSError as error:
+        raise click.UsageError(f"{path}: {error.strerror}") from None
     if len(data) > FILE_BYTES:
         raise click.UsageError(f"{path} is larger than {FILE_BYTES >> 20} MiB")
     return data
@@ -102,7 +106,7 @@ def _percent(value: float | None) -> str:
     cls=HerderCommand,
     examples=["herder plan calibrate results.json --machine rack-3", "herder plan calibrate a.csv b.csv --dry-run"],
 )
-@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False))
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path())
 @click.option("--who", default="", help="Who measured; else the user's name.")
 @click.option("--machine", default="", help="Where it was measured; else this machine's name.")
 @click.option("--when", default="", help="When it was measured; else today.")
@@ -140,7 +144,7 @@ def calibrate(
 
 
 def _rows_of(files: tuple[str, ...]) -> tuple[list[Any], list[str]]:
-    """All rows, and where each stands. Raises: click.UsageError for a file that holds none."""
+    """All rows, and where each stands. Raises: click.UsageError for a file that cannot be read or holds none."""
     from head.planner.endpoints.measured import rows_of_csv
 
     rows: list[Any] = []
