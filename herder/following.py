@@ -18,6 +18,7 @@ LINE_BYTES = 4_194_304
 RECONNECT_BASE_S = 0.25
 RECONNECT_CAP_S = 5.0
 PROGRESS_PERIOD_S = 0.5  # between two looks at the bytes of a running job
+READ_OUT_S = 1.0  # for the end of a chat answer after its last message
 UNREACHABLE_S = 120.0  # how long a follower rides out a head that does not answer
 T = TypeVar("T")
 SETTLED = ("ready", "failed", "stopped")
@@ -246,6 +247,7 @@ async def chat(transport: Transport, body: dict[str, Any], *, idle_timeout_s: fl
     async with transport.stream("POST", "/v1/chat/completions", body=asked, idle_timeout_s=idle_timeout_s) as pieces:
         async for _, data in messages(pieces):
             if data.strip() == "[DONE]":
+                await _read_out(pieces)
                 return
             try:
                 part = msgspec.json.decode(data, type=_Completion)
@@ -261,6 +263,14 @@ async def chat(transport: Transport, body: dict[str, Any], *, idle_timeout_s: fl
                 usage=part.usage,
             )
     raise HerderConnectionError("cut_off", "the answer broke off before its end", hint="ask again")
+
+
+async def _read_out(pieces: AsyncIterator[bytes]) -> None:
+    """Waits for the end of an answer that has said it is done: closing before it looks like a client that gave up."""
+    with suppress(TimeoutError, HerderError):
+        async with asyncio.timeout(READ_OUT_S):
+            async for _ in pieces:
+                pass
 
 
 def _stream_error(error: Any) -> HerderApiError:

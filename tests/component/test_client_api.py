@@ -22,6 +22,7 @@ from herder import (
     HerderConnectionError,
     HerderJobError,
     HerderTimeoutError,
+    following,
     types,
 )
 from herder.errors import HerderError
@@ -292,6 +293,29 @@ class TestStreams:
         assert chunks[-1].usage == {"completion_tokens": 2}
         assert b'"max_tokens":5' in double.bodies[-1]
         assert b'"stream":true' in double.bodies[-1]
+
+    async def test_a_chat_is_read_to_its_end(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The connection is left when the answer has ended, so that the head does not count a client that gave up."""
+        monkeypatch.setattr(following, "READ_OUT_S", 30.0)
+        async with connected() as (double, client):
+            double.chat_lines = ['{"choices":[{"delta":{"content":"Hi"}}]}', "[DONE]"]
+            double.chat_hold = asyncio.Event()
+            answer = client.chat("a", "hi")
+            assert (await anext(answer)).text == "Hi"
+            rest = asyncio.create_task(anext(answer, None))
+            await asyncio.wait({rest}, timeout=0.2)
+            double.chat_hold.set()
+            assert await rest is None
+        assert not double.was_chat_left
+
+    async def test_a_chat_whose_end_does_not_come(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What has said that it is done is not waited for any longer than a moment."""
+        monkeypatch.setattr(following, "READ_OUT_S", 0.01)
+        async with connected() as (double, client):
+            double.chat_lines = ['{"choices":[{"delta":{"content":"Hi"}}]}', "[DONE]"]
+            double.chat_hold = asyncio.Event()
+            assert [chunk.text async for chunk in client.chat("a", "hi")] == ["Hi"]
+            double.chat_hold.set()
 
     async def test_a_chat_that_breaks_off_says_so(self) -> None:
         """A stream without its end is an error, not a short answer."""

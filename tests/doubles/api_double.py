@@ -87,6 +87,8 @@ class ApiDouble:
         self.events: list[types.Event] = []
         self.log_pieces: list[bytes] = [b"one\n", b"two\n"]
         self.chat_lines: list[str] = []
+        self.chat_hold: asyncio.Event | None = None  # the end of a chat answer waits for it
+        self.was_chat_left = False  # the client was gone by then
         self._news = asyncio.Event()
         self._handlers: set[asyncio.Task[Any]] = set()
         self._answers: dict[str, bytes] = {}
@@ -242,6 +244,9 @@ class ApiDouble:
         await response.prepare(request)
         for line in self.chat_lines:
             await response.write(f"data: {line}\n\n".encode())
+        if self.chat_hold is not None:
+            await self.chat_hold.wait()
+            self.was_chat_left = request.transport is None or request.transport.is_closing()
         return response
 
 
