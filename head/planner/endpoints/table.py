@@ -12,6 +12,7 @@ from head.planner.endpoints import (
     recommending,
     scaling,
     serving,
+    sharding,
     special,
     training_memory,
     training_time,
@@ -28,6 +29,7 @@ ENDPOINTS = (
     *special.ENDPOINTS,
     *serving.ENDPOINTS,
     *advising.ENDPOINTS,
+    *sharding.ENDPOINTS,
     *exporting.ENDPOINTS,
     *calibrating.ENDPOINTS,
 )

@@ -254,7 +254,7 @@ def describe(topology: Topology, numa_nodes: int = 1, cpu_model: str = "") -> di
                 "index": index,
                 "name": device.name,
                 "compute_capability": device.compute_capability,
-                "memory_gb": round(device.visible_bytes / GIB, 2),
+                "memory_gb": round(device.visible_bytes / 1e9, 2),
                 "num_sms": device.multiprocessors,
                 "architecture": device.generation,
                 "nvlink_capable": device.vendor == "NVIDIA" and device.scaleup_gpus > 1,
@@ -262,7 +262,7 @@ def describe(topology: Topology, numa_nodes: int = 1, cpu_model: str = "") -> di
             }
             for index in shown
         ],
-        "total_memory_gb": round(topology.gpus * device.visible_bytes / GIB, 2),
+        "total_memory_gb": round(topology.gpus * device.visible_bytes / 1e9, 2),
         "has_nvlink": has_nvlink,
         "has_nvswitch": has_nvlink and topology.scaleup_gpus >= 8,
         "nvlink_version": nvlink if has_nvlink else None,
