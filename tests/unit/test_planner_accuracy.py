@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks import planner_accuracy, planner_accuracy_areas, planner_accuracy_rows
+from head.planner.calibration import serving_step
 from head.planner.calibration.accuracy import (
     AccuracyLine,
     AccuracyTable,
@@ -191,3 +192,14 @@ def test_the_whole_table_is_written_only_from_what_ships() -> None:
     """--write beside --truth or --quick is refused: the shipped table is the whole one."""
     with pytest.raises(SystemExit):
         planner_accuracy.main(["--truth", ".", "--write"])
+
+
+def test_no_interval_is_without_width() -> None:
+    """A kind of serving with too few measured neighbours at hand gets the interval of those farther off, never none."""
+    fitted = serving_step.shipped()
+    for name in ("tpot", "ttft"):
+        for mode in ("agg", "disagg", "disagg?", "offline"):
+            for similarity in (0.0, 0.1, 0.3, 0.5, 0.8, 1.0):
+                low, high = serving_step.interval(fitted.spread, name, mode, similarity)
+                assert low <= 0 <= high
+                assert high - low > 0.05

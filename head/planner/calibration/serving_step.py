@@ -270,7 +270,7 @@ def interval(
     """Logarithms of the 80 % interval's bounds over the value, at this nearness to measured points of the mode."""
     rows = spread.get(f"{name}/{mode}") or spread.get(name) or [(0.0, -0.7, 0.7)]
     for least, low, high in rows:
-        if similarity >= least:
+        if similarity >= least and low < high:  # too few rows were so near: as for those a step farther
             return low, high
     return rows[-1][1], rows[-1][2]
 
