@@ -201,6 +201,9 @@ PATHOLOGICAL: list[tuple[str, dict[str, Any]]] = [
     ("launch", {"nodes": 1_048_576, "gpus": 1_024}),
     ("topology", {"gpu": "H100", "gpus": 1_048_576}),
     ("sharding", {"model": "llama-3.1-8b", "dp": 1_048_576, "nodes": 131_072}),
+    ("pareto", {"model": "llama-3.1-8b", "gpu": "H100", "gpus": 1_048_576, "training": True}),
+    ("pareto", {"model": "llama-3.1-8b", "gpu": "H100", "gpus": 8, "gpu_cost": 0, "training": True}),
+    ("vllm", {"model": "llama-3.1-8b", "gpu": "H100", "memory": 1e-300}),
     ("estimate", {"model": "llama-3.1-8b", "tokens": 1e18, "throughput": 1e-6, "checkpoint_interval": 1}),
 ]
 

@@ -38,6 +38,7 @@ from head.planner.training.search import Choice, search
 
 COMPARED_MODELS = 16
 PARETO_GPUS = 512
+PARETO_COUNTS = 12  # numbers of GPUs on one front, the largest ones
 
 
 class CompareQuestion(SearchQuestion, frozen=True, kw_only=True):
@@ -177,7 +178,7 @@ def pareto(question: ParetoQuestion, desk: Desk) -> ParetoAnswer:
     most = question.max_gpus or topology.gpus
     if most > topology.gpus and topology.source in ("preset", "given"):
         topology = topology.with_gpus(most)
-    counts = sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
+    counts = sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})[-PARETO_COUNTS:]
     points, searched = (_trained if question.training else _served)(arch, topology, question, counts)
     cheapest = min(points, key=lambda point: point.cost_per_m_tokens)
     fastest = max(points, key=lambda point: point.throughput_tps)

@@ -239,7 +239,7 @@ def _score(goal: Goal, seconds: float, tokens: float, cost: float, memory: Train
     """Higher is better. Throughput, step time and cost count as far as memory probably suffices."""
     if goal == "memory":
         return memory.headroom_bytes / memory.capacity_bytes
-    gain = {"throughput": tokens, "latency": 1.0 / seconds, "efficiency": 1.0 / cost}[goal]
+    gain = {"throughput": tokens, "latency": 1.0 / seconds, "efficiency": 1.0 / cost if cost else tokens}[goal]
     return gain * memory.fit_probability
 
 
