@@ -6,12 +6,13 @@ import itertools
 import math
 from typing import Any
 
+import msgspec
 import pytest
 
 from common.errors import InvalidValue, NothingFits
 from head.planner.endpoints.base import ask
-from head.planner.endpoints.questions import Desk
-from head.planner.endpoints.table import BY_PATH
+from head.planner.endpoints.questions import Desk, NodeKind, PlacedQuestion, PlanGpu
+from head.planner.endpoints.table import BY_PATH, ENDPOINTS
 from tests.doubles.planner import answer
 
 H100 = {"gpu": "H100", "gpus": 8}
@@ -112,6 +113,21 @@ def test_more_memory_never_makes_a_misfit(sharding: str) -> None:
         except NothingFits:
             largest.append(0)
     assert largest == sorted(largest)
+
+
+def test_the_cluster_s_machines_are_taken() -> None:
+    """With an inventory no endpoint plans for another machine unasked, and each says whose it is."""
+    peers = range(8)
+    gpus = tuple(PlanGpu(i, "NVIDIA H100 80GB HBM3", 80 << 30, tuple(j for j in peers if j != i)) for i in peers)
+    nodes = tuple(f"n{number}" for number in range(8))
+    desk = Desk(kinds=(NodeKind(gpus=gpus, nic_bits_per_s=4e11, memory_bytes=1 << 40, node_ids=nodes),))
+    for endpoint in ENDPOINTS:
+        if not issubclass(endpoint.question, PlacedQuestion) or endpoint.path == "largescale":
+            continue
+        question = {name: value for name, value in endpoint.example if name not in ("gpu", "gpus")}
+        text = msgspec.json.encode(ask(endpoint, question, desk)).decode()
+        assert 'source":"registered"' in text, endpoint.path
+        assert "is assumed" not in text
 
 
 # laws between numbers

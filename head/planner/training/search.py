@@ -25,6 +25,7 @@ from head.planner.training.search_space import Space, layouts, suited
 Goal = Literal["throughput", "latency", "memory", "efficiency"]
 StepSeconds = Callable[[Architecture, Topology, TrainingLayout], float]
 LAYOUTS_LIMIT = 50_000
+EXPLAINED = 20  # choices that get reasons: each is compared with all others
 USD_PER_HOUR = 2.0  # of a device whose table states no price; said in the notes
 
 
@@ -130,7 +131,7 @@ def search(
     ranked = sorted(state.choices, key=lambda choice: (-choice.score, _order(choice.layout)))
     front = pareto_front(ranked)
     helped = () if ranked else remedies(arch, topology, base, stack=stack)
-    chosen = tuple(_explained(choice, ranked) for choice in ranked[:top])
+    chosen = (*(_explained(choice, ranked) for choice in ranked[: min(top, EXPLAINED)]), *ranked[EXPLAINED:top])
     if usd_per_gpu_hour is None and not topology.accelerator.usd_per_hour:
         state.notes.append(f"no price is known for {topology.accelerator.name}: {USD_PER_HOUR} USD an hour taken")
     return SearchResult(
