@@ -53,7 +53,7 @@ class Dropped(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Remedy(msgspec.Struct, frozen=True, kw_only=True):
-    """A change after which something fits, checked by the same memory model. accelerator: another than was asked for."""
+    """A change after which something fits, by the same memory model. accelerator: another than was asked for."""
 
     name: str
     message: str
