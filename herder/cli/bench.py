@@ -17,9 +17,9 @@ EXAMPLES = (
     "herder bench http://localhost:8000 --model llama --rate 10 --duration 60s",
     "herder bench localhost:8000 --model m --concurrency 32 --requests 500 --scenario 'U(9,99)'",
     "herder bench localhost:8000 --model llama --arrivals ramp --rate 1 --peak 50 --duration 5m",
-    "herder bench localhost:8000 --model llama --arrivals trace --trace mooncake.jsonl --speed 2",
-    "herder bench localhost:80 --api embeddings --model m --scenario 'E(512)' --rate 50 --duration 9s",
-    "herder bench http://localhost:9000/health --api http --method GET --rate 1000 --duration 10s",
+    "herder bench localhost:8000 --model llama --trace mooncake.jsonl --speed 2",
+    "herder bench localhost:80 --api embeddings --model m --scenario 'E(512)' --rate 50 --requests 99",
+    "herder bench localhost:9000/health --api http --method GET --rate 1000 --duration 9s",
 )
 ARRIVALS = ("poisson", "constant", "gamma", "ramp", "steps", "spike", "sine", "trace")
 

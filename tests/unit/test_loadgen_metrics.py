@@ -110,8 +110,8 @@ def records_of(*rows: list[int]) -> Records:
 def test_metrics_of_one_request() -> None:
     """Due at 1000 ms, sent at 1002, reasoning at 1052, words from 1072, the fifth token at 1092, closed at 1095."""
     found = latencies(records_of(row(**GOOD)), Window(0, 5 * NS))
-    expected = {"ttft": 50, "ttft_sched": 52, "ttfo": 70, "tpot": 10, "stall": 20, "e2e": 90, "e2e_sched": 92, "tail": 3,
-                "send_delay": 2, "send_lag": 1}  # fmt: skip
+    expected = {"ttft": 50, "ttft_sched": 52, "ttfo": 70, "tpot": 10, "stall": 20, "e2e": 90, "e2e_sched": 92,
+                "tail": 3, "send_delay": 2, "send_lag": 1}  # fmt: skip
     assert {name: values for name, values in found.items() if values} == {
         name: [value * MS] for name, value in expected.items()
     }
@@ -184,7 +184,7 @@ def judged(records: Records, **more: int) -> list[str]:
 
 
 def test_a_late_generator_is_invalid() -> None:
-    """1 ms late is allowed, 2 are not; nor a worker that used up its core, lost ones, or requests that were not sent."""
+    """1 ms late is allowed, 2 are not; nor a worker that used up its core, lost ones, or unsent requests."""
     assert judged(records_of(row(**GOOD))) == []
     assert judged(records_of(row(**GOOD | {"acted": 1_002}))) == ["late"]
     assert judged(records_of(row(**GOOD)), planned=2) == ["rate_missed"]

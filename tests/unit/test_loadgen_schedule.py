@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 
 import pytest
@@ -48,7 +49,7 @@ def test_dispersion_is_that_of_the_process(burstiness: float, low: float, high: 
 def test_gaps_have_the_stated_variation(burstiness: float) -> None:
     """The coefficient of variation of the gaps is 1 / sqrt(burstiness)."""
     times = draw(Flat(100.0), burstiness=burstiness, seed=5, requests=40_000).times_ns
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert statistics.stdev(gaps) / statistics.fmean(gaps) == pytest.approx(burstiness**-0.5, rel=0.03)
 
 
@@ -81,7 +82,7 @@ def test_steps_change_their_rate_where_they_say() -> None:
 def test_slices_are_the_whole(seed: int, workers: int, requests: int) -> None:
     """However many workers: the same arrivals, each once, under the same index."""
     made = draw(Flat(20.0), seed=seed, requests=requests)
-    union = {}
+    union: dict[int, int] = {}
     for worker in range(workers):
         indices, times = made.slice_of(worker, workers)
         union |= dict(zip(indices, times, strict=True))

@@ -16,8 +16,8 @@ from agent.loadgen import datasets, order, traces
 from agent.loadgen.apis import APIS
 from agent.loadgen.scenario import Shape, parse
 from agent.loadgen.target import parse_url
-from agent.loadgen.workload import Item, Style, api_for, png, prepare
 from agent.loadgen.words import WORDS, Words
+from agent.loadgen.workload import Item, Style, api_for, png, prepare
 from herder.cli.bench import command
 
 
@@ -104,13 +104,11 @@ def made(
     """Prepared requests of scenarios."""
     scenarios = [parse(text) for text in texts]
     api = api_for(scenarios, style.pop("api", None))
-    return prepare(
-        scenarios, Style(api, "m", **style), TARGET, words or Words(), count=count, seed=4, dataset=dataset
-    ).items
+    return prepare(scenarios, Style(api, "m", **style), TARGET, Words(), count=count, seed=4, dataset=dataset).items
 
 
 def test_chat_requests() -> None:
-    """Exact lengths in words, a stream with usage, lengths forced; the same seed gives the same bytes, others differ."""
+    """Exact lengths in words, a stream with usage, lengths forced; the same seed gives the same bytes."""
     items = made("D(30,7)", parameters={"top_p": 0.9})
     body = bodies(items)[0]
     assert len(body["messages"][0]["content"].split()) == 30
@@ -178,7 +176,8 @@ def test_the_corpus_has_no_word_twice() -> None:
 
 ROWS = {
     "sharegpt.json": json.dumps([
-        {"conversations": [{"from": "human", "value": "a b"}, {"from": "gpt", "value": "c"}, {"from": "human", "value": "d"}]},
+        {"conversations": [{"from": "human", "value": "a b"}, {"from": "gpt", "value": "c"},
+                           {"from": "human", "value": "d"}]},
         {"conversations": []},
     ]),
     "hellaswag.jsonl": '{"ctx": "A man is", "endings": ["x"]}\n\n{"ctx": "", "endings": []}\n',
@@ -228,7 +227,8 @@ TRACES = {
     "mooncake": '{"timestamp": 500, "input_length": 700, "output_length": 3, "hash_ids": [1, 2]}\n'
     '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1, 3]}\n'
     '{"timestamp": 9, "input_length": 6, "output_length": 0, "hash_ids": []}\n',
-    "burstgpt": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,x,10,4,14,a\n6.5,x,10,0,10,a\n",
+    "burstgpt": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,x,10,4,14,a\n"
+    "6.5,x,10,0,10,a\n",
     "azure": "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4,10\n2023-11-16 18:17:04.0,5,6\n",
 }
 
