@@ -151,7 +151,20 @@ def test_the_command_line_wins() -> None:
     assert llama_cpp_settings(config, ()) == LlamaCppSettings(
         context=4_096, slots=4, gpu_layers=10, prompt_cache_bytes=5 * MIB
     )
-    words = ("-c", "512", "--parallel", "2", "-ctk", "q8_0", "--cache-type-v", "q4_0", "-ub", "256", "-cram", "64")
+    words: tuple[str, ...] = (
+        "-c",
+        "512",
+        "--parallel",
+        "2",
+        "-ctk",
+        "q8_0",
+        "--cache-type-v",
+        "q4_0",
+        "-ub",
+        "256",
+        "-cram",
+        "64",
+    )
     words += ("-fa", "off")
     assert llama_cpp_settings(config, words) == LlamaCppSettings(
         context=512,
