@@ -83,12 +83,16 @@ def test_bombs_are_refused(tmp_path: Path) -> None:
     async def body() -> None:
         async with api_head(tmp_path) as head:
             for bomb in BOMBS:
-                found = await head.call("POST", "/plan/analyze", raw=io.BytesIO(bomb), headers={"Content-Type": "application/json"})
+                found = await head.call(
+                    "POST", "/plan/analyze", raw=io.BytesIO(bomb), headers={"Content-Type": "application/json"}
+                )
                 assert found.status in (200, 400, 404, 413, 422), (bomb[:60], found.body[:300])
                 assert found.status == 200 or found.code != "internal", found.body[:300]
                 assert b"Traceback" not in found.body
             big = json.dumps({"model": "llama-3.1-8b", "config": {"pad": "x" * (1 << 20)}}).encode()
-            found = await head.call("POST", "/plan/analyze", raw=io.BytesIO(big), headers={"Content-Type": "application/json"})
+            found = await head.call(
+                "POST", "/plan/analyze", raw=io.BytesIO(big), headers={"Content-Type": "application/json"}
+            )
             assert found.status == 413
             assert (await head.call("POST", "/plan/analyze", {"model": "llama-3.1-8b"})).status == 200
 
