@@ -78,7 +78,7 @@ class Tokenizer:
         try:
             native = importlib.import_module("tokenizers").Tokenizer
         except ImportError:
-            raise ValueError("--tokenizer needs the package `tokenizers`: pip install 'herder[bench]'") from None
+            raise ValueError("--tokenizer needs the package `tokenizers`: pip install tokenizers") from None
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
             self._native: Any = native.from_file(str(file))
