@@ -94,7 +94,10 @@ def test_more_sharding_never_increases_states(arch: Architecture, layout: Traini
     stack = msgspec.structs.replace(STACKS[name], states="mixed", fp32_partition_copies=0)
 
     def states(sharding: str, dp: int) -> float:
-        changed = msgspec.structs.replace(layout, sharding=sharding, dp=dp, tuning="full", ep=1)
+        # one stage: with several, the fullest may be another one under another sharding
+        changed = msgspec.structs.replace(
+            layout, sharding=sharding, dp=dp, pp=1, virtual_stages=1, schedule="1f1b", tuning="full", ep=1
+        )
         return peak_parts(arch, changed, stack, FITTED, 8)[0].states
 
     if layout.offload != "none":
