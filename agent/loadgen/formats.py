@@ -12,7 +12,7 @@ import io
 from datetime import UTC, datetime
 from typing import Any
 
-from agent.loadgen.metrics import MS, Summary
+from agent.loadgen.metrics import MS
 from agent.loadgen.records import OUTCOMES, Records
 from agent.loadgen.report import Report
 
@@ -171,8 +171,3 @@ def _genai_stats(values: list[float]) -> dict[str, float | None]:
         high = min(low + 1, len(ranked) - 1)
         found[f"p{share}"] = ranked[low] + (ranked[high] - ranked[low]) * (at - low)
     return found
-
-
-def figures(summary: Summary) -> tuple[float | None, ...]:
-    """mean, p50, p90, p99 of a metric."""
-    return (summary.mean, *(summary.percentiles.get(name) for name in ("p50", "p90", "p99")))

@@ -40,7 +40,6 @@ FORMULAS = {
     "upper_99": "the bound that the true percentile does not exceed with 99 % confidence (binomial order statistic, "
     "MLPerf LoadGen's floors: p90 64, p95 130, p99 662, p99.9 6,636 requests); null below the floor",
 }
-HISTOGRAM_METRICS = ("icl", "itl", "client_lag")
 
 
 class Summary(msgspec.Struct, frozen=True):

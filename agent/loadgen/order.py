@@ -67,8 +67,6 @@ def order_of(given: Mapping[str, Any]) -> Order:
     drawn = _schedule(given, trace, until_s) if is_open else None
     if drawn is not None and not len(drawn.times_ns):
         raise ValueError("no request falls into this time; a longer --duration or a higher --rate")
-    if drawn is not None and trace is not None and until_s is None:
-        until_s = None
     style = _style(given, api)
     tokenizer = Tokenizer(Path(given["tokenizer"])) if given["tokenizer"] else None
     dataset = datasets.read(given["dataset"]) if given["dataset"] else None

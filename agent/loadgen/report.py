@@ -170,8 +170,8 @@ def build(asked: Asked, outcome: Outcome) -> Report:
         planned=sum(1 for at in asked.due_ns if window.holds(at)) if asked.is_open else None,
         sent_in_time=sum(
             1
-            for at, acted in records.columns("scheduled", "acted")
-            if window.holds(at) and 0 <= acted < window.end_ns + verdict.LATE_FLOOR_NS
+            for at, acted, turn in records.columns("scheduled", "acted", "turn")
+            if turn == 0 and window.holds(at) and 0 <= acted < window.end_ns + verdict.LATE_FLOOR_NS
         ),
         is_interrupted=outcome.is_interrupted,
         lost_workers=outcome.lost_workers,

@@ -69,7 +69,9 @@ def run(
     assert shares
     assert threading.active_count() >= 1
     outcome = Outcome(Records())
-    workers = [_fork(share, count_tokens) for share in shares]
+    workers: list[_Worker] = []
+    for share in shares:
+        workers.append(_fork(share, count_tokens, workers))
     signals = 0
     started_ns = 0
 
@@ -191,7 +193,7 @@ def _take(
             outcome.said.append(str(message["said"]))
 
 
-def _fork(share: Share, count_tokens: Callable[[str], int] | None) -> _Worker:
+def _fork(share: Share, count_tokens: Callable[[str], int] | None, others: Sequence[_Worker]) -> _Worker:
     control_read, control_write = os.pipe2(os.O_CLOEXEC)
     result_read, result_write = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -203,6 +205,10 @@ def _fork(share: Share, count_tokens: Callable[[str], int] | None) -> _Worker:
     try:
         os.close(control_write)
         os.close(result_read)
+        # Held open here, the pipes of the others would hide from them that the parent has died.
+        for other in others:
+            os.close(other.control_fd)
+            os.close(other.result_fd)
         _work(share, count_tokens, control_read, result_write)
         code = 0
     except BaseException as error:  # noqa: BLE001  # the border of a process: what it was is told to the parent
