@@ -16,7 +16,8 @@ SO_TIMESTAMPNS = 35  # asm-generic; the socket module does not name it
 STEP_NS = 1_000_000
 _CLOCK_MONOTONIC, _ABSOLUTE = 1, 1
 _CLOEXEC, _NONBLOCK = 0o2000000, 0o4000
-_unpack = struct.Struct("@qq").unpack_from
+unpack = struct.Struct("@qq").unpack_from
+"""(seconds, nanoseconds) of an SCM_TIMESTAMPNS control message, in CLOCK_REALTIME."""
 
 
 class _Timespec(ctypes.Structure):
@@ -72,11 +73,6 @@ class Stamps:
         if abs(offset - self.offset_ns) > STEP_NS:
             self.steps += 1
         self.offset_ns = offset
-
-    def of(self, control: bytes) -> int:
-        """The moment of an SCM_TIMESTAMPNS control message."""
-        seconds, nanoseconds = _unpack(control)
-        return int(seconds) * 1_000_000_000 + int(nanoseconds) - self.offset_ns
 
 
 def _offset_ns() -> int:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from agent.loadgen.apis import Answer, Api
 from agent.loadgen.clocks import SO_TIMESTAMPNS, Stamps
+from agent.loadgen.clocks import unpack as _unpack
 from agent.loadgen.http1 import AnswerReader, ProtocolError
 from agent.loadgen.sse import EventReader, LineReader, TooLong
 from agent.loadgen.workload import Item
@@ -229,7 +230,8 @@ class Connection:
         owner.reads += 1
         # The kernel switches stamping on a moment after it is asked to: the first reads may come without.
         if control:
-            at = owner.stamps.of(control[0][2])
+            seconds, nanoseconds = _unpack(control[0][2])
+            at = seconds * 1_000_000_000 + nanoseconds - owner.stamps.offset_ns
             if at > now:
                 at = now
             owner.lags.append(now - at)

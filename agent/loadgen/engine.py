@@ -30,6 +30,7 @@ SWEEP_NS = 100_000_000
 TICK_NS = NS
 FAILED_SLOT_NS = 100_000_000  # a closed slot whose request failed rests, so that a dead server is not hammered
 MAX_TICK_SAMPLES = 500
+_FAR_NS = 1 << 62
 _monotonic_ns = time.monotonic_ns
 
 
@@ -130,6 +131,8 @@ class Engine:
         self._order = 0
         self._taken = 0  # closed loop: conversations begun
         self._armed_ns = -1
+        self._next_ns = _FAR_NS  # the next intended send, so that most turns of the loop need no look at the schedule
+        self._is_held = False
         self._last_send_ns = 0
         self._ticked = Tick()
         self._rng = random.Random(share.seed)
@@ -160,6 +163,7 @@ class Engine:
         """Sends nothing more; answers on their way are awaited for the drain time."""
         if not self.is_stopping:
             self.is_stopping = True
+            self._next_ns = _FAR_NS
             self.stopped_ns = self._last_send_ns = _monotonic_ns()
 
     def cancel(self, outcome: str = "cancelled", said: str = "") -> None:
@@ -177,12 +181,16 @@ class Engine:
         """Sends and reads until the share is done. start_ns: the common start, on CLOCK_MONOTONIC."""
         self.start_ns = self._last_send_ns = start_ns
         self._begin_slots()
+        self._look_ahead()
         next_sweep, next_tick = start_ns, start_ns + TICK_NS
         while not self._is_over():
-            self._arm()
+            if self._next_ns != self._armed_ns and self._next_ns != _FAR_NS:
+                self.timer.arm(self._next_ns)
+                self._armed_ns = self._next_ns
             self._turn(0.1)
             now = _monotonic_ns()
-            self._send_due(now)
+            if now >= self._next_ns:
+                self._send_due(now)
             if now >= next_sweep:
                 self._sweep(now)
                 next_sweep = now + SWEEP_NS
@@ -230,11 +238,10 @@ class Engine:
             best = self._due[0][0]
         return best
 
-    def _arm(self) -> None:
+    def _look_ahead(self) -> None:
+        """Sets when the loop must look at the schedule again."""
         due = self._next_due()
-        if due is not None and due != self._armed_ns and not self.is_stopping:
-            self.timer.arm(due)
-            self._armed_ns = due
+        self._next_ns = _FAR_NS if due is None or self.is_stopping else due
 
     # sending
     def _begin_slots(self) -> None:
@@ -259,6 +266,8 @@ class Engine:
     def _add_due(self, when_ns: int, item: Item, index: int, turn: int, slot: int) -> None:
         self._order += 1
         heapq.heappush(self._due, (when_ns, self._order, item, index, turn, slot))
+        if when_ns < self._next_ns and not self._is_held:
+            self._next_ns = when_ns
 
     def _send_due(self, now: int) -> None:
         if self.is_stopping:
@@ -266,7 +275,9 @@ class Engine:
         share, times, items = self.share, self.share.times_ns, self.share.items
         while self._next < len(times) and self.start_ns + times[self._next] <= now:
             if len(self.live) >= share.limits.in_flight:
+                # The end of any request looks again; the timer would find nothing to do.
                 self.records.count("held_back")
+                self._is_held, self._next_ns = True, _FAR_NS
                 return
             index = share.indices[self._next]
             scheduled = self.start_ns + times[self._next]
@@ -275,6 +286,7 @@ class Engine:
         while self._due and self._due[0][0] <= now:
             when, _, item, index, turn, slot = heapq.heappop(self._due)
             self._dispatch(Call(index, item, turn, when, slot, share.keeps_text))
+        self._look_ahead()
 
     def _dispatch(self, call: Call) -> None:
         now = _monotonic_ns()
@@ -362,6 +374,8 @@ class Engine:
                 tick.ttft_ns.append(call.stamps[0] - call.sent)
         if self.is_stopping:
             return
+        if self._is_held:
+            self._is_held, self._next_ns = False, 0
         now = _monotonic_ns()
         follow = call.item.follow
         if follow is not None and is_good:

@@ -431,3 +431,12 @@ def _await_health(port: int) -> None:
             link.close()
         time.sleep(0.05)
     raise AssertionError("the engine did not get healthy")
+
+
+def test_no_more_on_their_way_than_allowed() -> None:
+    """An open loop with a limit holds requests back, sends them as others end, and counts that it did."""
+    with serving(lambda number: stream()) as server:
+        records = run(share(server, 10, limits=Limits(in_flight=2)))
+    assert [row["outcome"] for row in rows(records)] == ["ok"] * 10
+    assert server.connections == 2
+    assert records.facts["held_back"] >= 4
