@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from head.planner.endpoints.base import Endpoint
 
 CONFIG_BYTES = 1 << 20
+_WEIGHTS = (".gguf", ".safetensors")
 EXAMPLES = (
     "herder plan recommend llama-3.1-70b --gpu h100 --gpus 64 --training",
     "herder plan memory llama-3.1-8b --tp 2 --gpu a100-80gb",
@@ -117,8 +118,12 @@ def _callback(endpoint: Endpoint) -> Callable[..., None]:
         if cluster and calibration:
             raise click.UsageError("--calibration is for answers of this machine; a head has its own")
         question = {name: value for name, value in values.items() if value is not None and value != ()}
-        _read_config(question)
-        answer = _by_head(options, endpoint, question) if cluster else _by_ourselves(endpoint, question, calibration)
+        files = _read_model(question)
+        if files and cluster:
+            raise click.UsageError("a file of weights is read on this machine: leave --cluster out, or register it")
+        answer = (
+            _by_head(options, endpoint, question) if cluster else _by_ourselves(endpoint, question, files, calibration)
+        )
         if write:
             click.echo(f"wrote {', '.join(_written(Path(write), answer['files']))} to {write}", err=True)
         if endpoint.path == "accuracy":
@@ -141,12 +146,48 @@ def _written(folder: Path, files: dict[str, str]) -> list[str]:
     return list(files)
 
 
-def _read_config(question: dict[str, Any]) -> None:
-    """A model that is a file is sent as its content."""
+def _read_model(question: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """A model that is a file or a folder: its config.json goes into the question, what headers say is returned by name.
+
+    Raises: UsageError for what cannot be read as what its name says.
+    """
     name = question.get("model")
-    if not isinstance(name, str) or not (name.endswith(".json") or Path(name).is_dir()):
-        return
-    path = Path(name) / "config.json" if Path(name).is_dir() else Path(name)
+    if not isinstance(name, str):
+        return {}
+    path = Path(name)
+    if path.suffix in _WEIGHTS and path.is_file():
+        return {name: _read_headers([path])}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            found = sorted(part for suffix in _WEIGHTS for part in path.glob(f"*{suffix}"))
+            if not found:
+                raise click.UsageError(f"{name} has neither a config.json nor weights ({', '.join(_WEIGHTS)})")
+            kind = [part for part in found if part.suffix == found[0].suffix]
+            return {name: _read_headers(kind)}
+        path = path / "config.json"
+    elif path.suffix != ".json":
+        return {}
+    _read_config(question, path)
+    return {}
+
+
+def _read_headers(paths: list[Path]) -> dict[str, Any]:
+    """What the headers of GGUF or safetensors files say, as an agent reads them; no weight is read."""
+    from agent.metadata import gguf, safetensors
+    from agent.metadata.limits import BadFile
+
+    try:
+        if paths[0].suffix == ".gguf":
+            return {"detected": gguf.describe(paths), "source": "headers"}
+        tensors = {name: tensor for path in paths for name, tensor in safetensors.read_header(path).items()}
+    except BadFile as error:
+        raise click.UsageError(str(error)) from None
+    shapes = {name: {"dtype": tensor.dtype, "shape": tensor.shape} for name, tensor in tensors.items()}
+    return {"tensors": shapes, "source": "headers"}
+
+
+def _read_config(question: dict[str, Any], path: Path) -> None:
+    """The content of a config.json in the place of its name."""
     with path.open("rb") as file:
         text = file.read(CONFIG_BYTES + 1)
     try:
@@ -154,18 +195,21 @@ def _read_config(question: dict[str, Any]) -> None:
     except (msgspec.DecodeError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        raise click.UsageError(f"{name} is not a config.json: a JSON object of at most 1 MiB")
+        raise click.UsageError(f"{path} is not a config.json: a JSON object of at most 1 MiB")
     question |= {"config": config, "model": path.resolve().parent.name or "config.json"}
 
 
-def _by_ourselves(endpoint: Endpoint, question: dict[str, Any], calibration: str | None = None) -> Any:
+def _by_ourselves(
+    endpoint: Endpoint, question: dict[str, Any], files: dict[str, dict[str, Any]], calibration: str | None = None
+) -> Any:
     """The answer of the planner in this process, with this machine's own GPUs as inventory."""
     own = plan_calibrate.own_calibration(calibration)
     from common.errors import HerderError
     from head.planner.endpoints.base import ask
 
     try:
-        return msgspec.to_builtins(ask(endpoint, question, _own_desk(endpoint, question), own))
+        desk = msgspec.structs.replace(_own_desk(endpoint, question), models=files)
+        return msgspec.to_builtins(ask(endpoint, question, desk, own))
     except HerderError as error:
         raise HerderApiError(
             error.code, error.message, hint=error.hint, details=error.details, status=error.status

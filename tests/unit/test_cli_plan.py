@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -148,7 +149,7 @@ def test_mistakes_explain_themselves(shell: Callable[..., Shown], tmp_path: Path
         (["memory", "llama-3.1-8b", "--optimizer", "adamwat"], 1, "one of adamw"),
         (["recommend", "llama-3.1-405b", "--gpu", "H100", "--gpus", "8", "--training"], 1, "use 128 GPUs"),
         (["analyze", str(tmp_path / "none" / "config.json")], 1, "No such file"),
-        (["analyze", str(tmp_path)], 1, "No such file"),
+        (["analyze", str(tmp_path)], 2, "neither a config.json nor weights"),
         (["analyze", str(tmp_path / "list")], 2, "not a config.json"),
         (["analyze", str(tmp_path / "deep.json")], 2, "not a config.json"),
         (["analyze", str(tmp_path / "huge.json")], 2, "at most 1 MiB"),
@@ -202,3 +203,43 @@ def test_a_batch_script_is_itself(shell: Callable[..., Shown]) -> None:
     code, out, _ = shell(*words_of("slurm"))
     assert code == 0
     assert out.startswith("#!/bin/bash\n#SBATCH")
+
+
+def safetensors(path: Path, shapes: dict[str, list[int]]) -> int:
+    """A file whose header names these tensors in bf16, its weights all zero; returns its parameters."""
+    rows: dict[str, Any] = {}
+    at = 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        rows[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    header = json.dumps(rows).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + at)
+    return at // 2
+
+
+def test_a_file_of_weights_is_a_model(shell: Callable[..., Shown], tmp_path: Path) -> None:
+    """Headers of safetensors give the architecture, of one file as of all in a folder; the counts are the tensors'."""
+    layer = {"self_attn.q_proj": [64, 64], "self_attn.k_proj": [32, 64], "self_attn.v_proj": [32, 64]}
+    layer |= {"self_attn.o_proj": [64, 64], "mlp.gate_proj": [128, 64], "mlp.up_proj": [128, 64]}
+    layer |= {"mlp.down_proj": [64, 128], "input_layernorm": [64], "post_attention_layernorm": [64]}
+    shapes = {"model.embed_tokens.weight": [1000, 64], "model.norm.weight": [64], "lm_head.weight": [1000, 64]}
+    shapes |= {f"model.layers.{n}.{name}.weight": shape for n in range(2) for name, shape in layer.items()}
+    parameters = safetensors(tmp_path / "model.safetensors", shapes)
+    for model in (tmp_path / "model.safetensors", tmp_path):
+        code, out, err = shell("analyze", str(model), "-o", "json")
+        assert (code, err) == (0, "")
+        view = json.loads(out)["architecture"]
+        assert (view["source"], view["total_params"], view["num_layers"]) == ("headers", parameters, 2)
+
+
+def test_a_file_that_is_no_model_says_so(shell: Callable[..., Shown], tmp_path: Path) -> None:
+    """A broken header, an empty folder, and a file for the head: wrong usage, one line and a hint."""
+    (tmp_path / "bad.gguf").write_bytes(bytes(100))
+    (tmp_path / "empty").mkdir()
+    for words in (("bad.gguf",), ("empty",), ("bad.gguf", "--cluster")):
+        code, out, err = shell("analyze", str(tmp_path / words[0]), *words[1:])
+        assert (code, out) == (2, "")
+        assert err.startswith("error[usage]:")

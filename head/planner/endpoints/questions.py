@@ -21,7 +21,7 @@ from head.planner.hardware.topology import (
     topology_of_preset,
 )
 from head.planner.model.architecture import Architecture, Attention, FeedForward, LayerGroup
-from head.planner.model.headers import architecture_of_registered
+from head.planner.model.headers import architecture_of_registered, architecture_of_tensors
 from head.planner.model.presets import architecture_of, lookup
 
 DEFAULT_GPU, DEFAULT_GPUS = "H100-SXM-80GB", 8
@@ -60,7 +60,8 @@ class Desk(msgspec.Struct, frozen=True, kw_only=True):
     """What answers may draw on besides the question; plain data, so that it can travel to another process.
 
     `source` says where the nodes come from; `models` maps names to the metadata that agents read from the files, for
-    those models that the question names; `names` are all registered ones.
+    those models that the question names, or (source: headers) to what a file's own headers say; `names` are all
+    registered ones.
     """
 
     kinds: tuple[NodeKind, ...] = ()
@@ -162,6 +163,10 @@ def architecture_named(name: str, desk: Desk) -> Architecture:
     if not name:
         raise InvalidValue("model: say which", field="model", hint="a name, or config, or dimensions")
     known = desk.models.get(name)
+    if known is not None and known.get("source") == "headers":
+        tensors = known.get("tensors")
+        found = architecture_of_tensors(tensors, name=name) if tensors else architecture_of_registered(known, name)
+        return msgspec.structs.replace(found, source="headers")
     if known is not None:
         try:
             return msgspec.structs.replace(architecture_of_registered(known, name), source="registered")
