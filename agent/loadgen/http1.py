@@ -58,6 +58,12 @@ class AnswerReader:
         if self._rest:
             data = self._rest + data
             self._rest = b""
+        elif self._state == _SIZE:
+            # Nearly every read of a stream is one whole chunk of a size that was seen before.
+            line_end = data.find(b"\r\n", 0, 20)
+            size = _SIZES.get(data[:line_end], 0)
+            if size and len(data) == line_end + size + 4 and data[-2:] == b"\r\n":
+                return [data[line_end + 2 : -2]]
         pieces: list[bytes] = []
         at, end = 0, len(data)
         while at < end:

@@ -63,6 +63,20 @@ def test_any_pieces(cuts: list[int], chunks: list[int]) -> None:
     assert reader.is_kept
 
 
+@given(st.lists(st.binary(min_size=1, max_size=30), min_size=1, max_size=8), st.integers(0, 3))
+def test_whole_chunks_one_by_one(chunks: list[bytes], cut: int) -> None:
+    """A read for each chunk, sizes repeating, bodies that look like line ends; now and then a read too short."""
+    reader, got = AnswerReader(), b""
+    reader.feed(HEAD)
+    for body in [*chunks, *chunks, b"\r\n\r\n"]:
+        framed = b"%x\r\n%b\r\n" % (len(body), body)
+        for part in (framed[: len(framed) - cut], framed[len(framed) - cut :]):
+            got += b"".join(reader.feed(part))
+    assert got == b"".join([*chunks, *chunks]) + b"\r\n\r\n"
+    assert reader.feed(b"0\r\n\r\n") == []
+    assert reader.is_done
+
+
 def test_an_event_does_not_wait_for_its_chunk() -> None:
     """The pieces of a chunk that has not wholly come are given on."""
     _, found = read_all([HEAD + b"ffff\r\ndata: early\n\nda"])
