@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -47,7 +48,7 @@ class MemoryErrors(msgspec.Struct, frozen=True, kw_only=True):
 
 def fit(rows: Sequence[MemoryRow]) -> MemoryConstants:
     """Constants for `rows` (those that ran). Raises: ImportError without the extra `planner`."""
-    from scipy.optimize import least_squares  # type: ignore[import-untyped]
+    from scipy.optimize import least_squares
 
     ran = [row for row in rows if not row.is_oom]
     counts: dict[str, int] = {}
@@ -57,7 +58,7 @@ def fit(rows: Sequence[MemoryRow]) -> MemoryConstants:
     weights = [math.sqrt(1 / math.sqrt(counts[row.source])) for row in ran]
     names = list(PRIORS)
 
-    def residuals(values: Sequence[float]) -> list[float]:
+    def residuals(values: Any, /) -> list[float]:
         fitted = _constants(names, values)
         errors = [
             weight * math.log(answer(row, fitted).predicted / row.peak_bytes) / NOISE
