@@ -82,8 +82,8 @@ def command(options: Globals, /, **given: Any) -> int:
     from agent.loadgen.order import order_of, perform
     from herder.cli.bench_view import Live, render
 
-    if options.token_file:
-        token = Path(options.token_file).read_text().strip()
+    token = _token_for(options, given["target"], given["headers"])
+    if token:
         given["headers"] = (*given["headers"], f"Authorization: Bearer {token}")
     given["ca_file"] = options.ca_file
     try:
@@ -108,6 +108,25 @@ def command(options: Globals, /, **given: Any) -> int:
     if outcome.is_interrupted:
         return output.EXIT_INTERRUPTED
     return output.EXIT_OK if report.is_valid else output.EXIT_FAILED
+
+
+def _token_for(options: Globals, url: str, headers: tuple[str, ...]) -> str:
+    """The token that goes with requests: the one that is named, else Herder's own for the head that is its target.
+
+    No other server ever gets a token that was not meant for it. Raises: HerderConfigError.
+    """
+    from urllib.parse import urlsplit
+
+    from herder.settings import discover, read_token_file
+
+    if any(header.lower().startswith("authorization:") for header in headers):
+        return ""
+    if options.token_file:
+        return read_token_file(Path(options.token_file))
+    own = discover(url=options.url, context=options.context)
+    there, here = urlsplit(url if "://" in url else f"http://{url}"), urlsplit(own.url)
+    is_own = (there.scheme, there.hostname, there.port) == (here.scheme, here.hostname, here.port)
+    return own.token if is_own else ""
 
 
 def _save(given: dict[str, Any], report: Any, outcome: Any) -> None:

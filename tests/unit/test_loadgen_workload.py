@@ -18,7 +18,8 @@ from agent.loadgen.scenario import Shape, parse
 from agent.loadgen.target import parse_url
 from agent.loadgen.words import WORDS, Words
 from agent.loadgen.workload import Item, Style, api_for, png, prepare
-from herder.cli.bench import command
+from herder.cli.bench import _token_for, command
+from herder.cli.command import Globals
 
 
 @pytest.mark.parametrize(
@@ -342,3 +343,26 @@ def test_shares_are_the_order(workers: int) -> None:
     shares = order.shares_of(closed)
     assert sum(share.slots for share in shares) == 7
     assert sum(share.requests or 0 for share in shares) == 20
+
+
+def test_a_token_goes_to_its_own_head_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Herder's token is sent to the head that it is for, never to another server, and not beside a given one."""
+    state = tmp_path / "state" / "head"
+    state.mkdir(parents=True)
+    (state / "admin.token").write_text("hdr_admin_x_secret\n")
+    (state / "admin.token").chmod(0o600)
+    monkeypatch.setenv("HERDER_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("HERDER_URL", "http://127.0.0.1:18470")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("HERDER_TOKEN", "HERDER_TOKEN_FILE", "HERDER_CONTEXT", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    options = Globals()
+    assert _token_for(options, "http://127.0.0.1:18470/v1", ()) == "hdr_admin_x_secret"
+    assert _token_for(options, "127.0.0.1:18470", ()) == "hdr_admin_x_secret"
+    for other in ("http://127.0.0.1:8000", "https://127.0.0.1:18470", "http://engine.example:18470"):
+        assert _token_for(options, other, ()) == ""
+    assert _token_for(options, "http://127.0.0.1:18470", ("authorization: Bearer mine",)) == ""
+    named = tmp_path / "token"
+    named.write_text("other\n")
+    named.chmod(0o600)
+    assert _token_for(Globals(token_file=str(named)), "http://engine.example:8000", ()) == "other"
