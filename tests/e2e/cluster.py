@@ -50,7 +50,7 @@ name: quick-llama
 category: inference
 runtime: llamacpp
 model_formats: [gguf]
-health: {path: /health, timeout_s: 2, period_s: 0.5, ready_timeout_s: 60, failures: 2,
+health: {path: /health, timeout_s: 4, period_s: 0.5, ready_timeout_s: 60, failures: 3,
          canary_path: /v1/completions, canary: {prompt: "a", max_tokens: 1, temperature: 0}}
 config: {context: 512, parallel: 1, threads: 0, gpu_layers: -1, embeddings: false, args: []}
 stop_grace_s: 5
