@@ -117,9 +117,14 @@ def test_each_of_a_crowd_gets_its_own_answer(tmp_path: Path) -> None:
 
 
 def worker() -> psutil.Process | None:
-    """The planner's process of the head in this process."""
-    children = psutil.Process().children()
-    return next((child for child in children if "head.planner.worker" in child.cmdline()), None)
+    """The planner's process, a child of this one; other tests' children may be ending meanwhile."""
+    for child in psutil.Process().children():
+        try:
+            if "head.planner.worker" in child.cmdline():
+                return child
+        except (psutil.ZombieProcess, psutil.NoSuchProcess):
+            continue
+    return None
 
 
 async def stop_worker(head: ApiHead) -> psutil.Process:
