@@ -33,12 +33,12 @@ from typing import Any
 import aiohttp
 import uvloop
 
-from agent.loadgen import schedule
 from agent.loadgen.apis import APIS, Answer, read_openai_event
 from agent.loadgen.engine import Share
-from agent.loadgen.records import Records
 from agent.loadgen.run import run
 from agent.loadgen.workload import Item
+from common.bench import schedule
+from common.bench.records import Records
 
 ROOT = Path(__file__).resolve().parents[1]
 STUB = ROOT / "tests" / "doubles" / "token_stub.c"

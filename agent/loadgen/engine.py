@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from agent.loadgen.apis import Api
 from agent.loadgen.clocks import Stamps, Timer
 from agent.loadgen.connection import _OWN_LIMITS, Call, Connection
-from agent.loadgen.histogram import Histogram
 from agent.loadgen.judge import row_of
-from agent.loadgen.records import Records
 from agent.loadgen.workload import Item
+from common.bench.histogram import Histogram
+from common.bench.records import Records
 
 NS = 1_000_000_000
 BATCH = 64  # reads between two looks at the schedule: 64 x 10 us is the most that reading delays a send

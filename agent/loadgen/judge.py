@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from agent.loadgen.records import GRID_NS, OUTCOME, SOURCES
+from common.bench.records import GRID_NS, OUTCOME, SOURCES
 
 if TYPE_CHECKING:
     from agent.loadgen.connection import Call

@@ -23,27 +23,14 @@ from typing import Any
 import msgspec
 
 from agent.loadgen.engine import NS, Engine, Share, Tick
-from agent.loadgen.records import Records
+from common.bench.outcome import Outcome
+from common.bench.records import Records
 
 LEAD_NS = 50_000_000
 READY_S = 60.0
 _GO, _STOP, _CANCEL = b"G", b"S", b"C"
 _LENGTH = struct.Struct("!I")
 _START = struct.Struct("!q")
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a run left behind."""
-
-    records: Records
-    start_wall_s: float = 0.0
-    is_interrupted: bool = False
-    stopped_ns: int | None = None
-    """When it was interrupted, after the start."""
-    lost_workers: int = 0
-    wall_s: float = 0.0
-    said: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -18,10 +18,10 @@ import msgspec
 
 from agent.loadgen.apis import APIS, Api
 from agent.loadgen.datasets import Dataset, Row
-from agent.loadgen.scenario import Scenario, Shape
 from agent.loadgen.target import Target
 from agent.loadgen.traces import BLOCK_TOKENS, Arrival
 from agent.loadgen.words import Words
+from common.bench.scenario import Scenario, Shape
 
 MAX_PREPARED_BYTES = 256 << 20
 _TASKS = {

@@ -79,15 +79,17 @@ def command(options: Globals, /, **given: Any) -> int:
     Closed loop (--concurrency) sends when an answer has come. A run whose own generator was late is marked invalid and
     ends with exit code 1. Ctrl-C stops sending and shows what was measured; a second one cuts answers off.
     """
-    from agent.loadgen.order import order_of, perform
+    from agent.loadgen.order import Aim, order_of, perform
+    from common.bench.spec import LoadSpec
     from herder.cli.bench_view import Live, render
 
     token = _token_for(options, given["target"], given["headers"])
-    if token:
-        given["headers"] = (*given["headers"], f"Authorization: Bearer {token}")
-    given["ca_file"] = options.ca_file
+    headers = (*given["headers"], f"Authorization: Bearer {token}") if token else given["headers"]
+    fields = {name: given[name] for name in LoadSpec.__struct_fields__}
+    fields["parameters"] = dict(given["parameters"])
     try:
-        order: Order = order_of(given)
+        aim = Aim(given["target"], headers, options.ca_file, is_unverified=given["insecure"])
+        order: Order = order_of(LoadSpec(**fields), aim)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     live = Live(options, order)
@@ -99,7 +101,7 @@ def command(options: Globals, /, **given: Any) -> int:
     if given["detail"]:
         import msgspec
 
-        from agent.loadgen.report import detail
+        from common.bench.report import detail
 
         value = msgspec.to_builtins(report) | {"requests": detail(outcome.records)}
     output.emit(options, value, render(report))
@@ -133,8 +135,8 @@ def _save(given: dict[str, Any], report: Any, outcome: Any) -> None:
     """Writes the report in its format."""
     import msgspec
 
-    from agent.loadgen import formats
-    from agent.loadgen.report import detail
+    from common.bench import formats
+    from common.bench.report import detail
 
     path = Path(given["save"])
     kind = given["format_"] or ("csv" if path.suffix == ".csv" else "json")

@@ -17,7 +17,7 @@ from herder.cli.text import duration, size
 if TYPE_CHECKING:
     from agent.loadgen.engine import Tick
     from agent.loadgen.order import Order
-    from agent.loadgen.report import Report
+    from common.bench.report import Report
 
 WIDTH = 80
 ROWS = ("ttft", "ttft_sched", "tpot", "itl", "icl", "stall", "e2e", "e2e_sched", "send_lag", "connect")
@@ -46,7 +46,7 @@ class Live:
         self._sent += tick.sent
         self._done += tick.done
         self._failed += tick.failed
-        if self._options.is_quiet or (len(self._latest) < self._order.given["workers"] and tick.at_s < 2):
+        if self._options.is_quiet or (len(self._latest) < self._order.spec.workers and tick.at_s < 2):
             return
         if self._is_terminal:
             self._draw(self._lines(tick.at_s))

@@ -27,8 +27,8 @@ from agent.loadgen.apis import APIS, Api
 from agent.loadgen.clocks import Stamps
 from agent.loadgen.connection import Call, Connection
 from agent.loadgen.engine import Engine, Limits, Share
-from agent.loadgen.records import COLUMNS, OUTCOMES, Records
 from agent.loadgen.workload import Item
+from common.bench.records import COLUMNS, OUTCOMES, Records
 from tests.doubles.scripted_server import END, EVENT, STREAM, Server, Step, chunk, serving, stream, whole
 
 WIRE = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"

@@ -380,9 +380,11 @@ class Cluster:
 def stream_of(base_url: str, model: str, words: int, *, token: str = "") -> Iterator[Iterator[str]]:
     """A streamed chat with whatever speaks OpenAI's HTTP at an address; yields the pieces of text.
 
-    `ignore_eos` makes llama-server go on to `max_tokens`: how long the stream is must not be the model's choice.
+    `ignore_eos` makes llama-server go on to `max_tokens`, and at temperature 0 the text is the same each time: how long
+    the stream is must not be chance (drawn tokens may be control tokens, which give no text).
     """
     body: dict[str, object] = {"model": model, "stream": True, "max_tokens": words, "ignore_eos": True}
+    body["temperature"] = 0
     body["messages"] = [{"role": "user", "content": "Hello"}]
     request = urllib.request.Request(
         f"{base_url}/v1/chat/completions",

@@ -60,6 +60,7 @@ ALLOWED = {
     *(("herder/cli/plan.py", package) for package in ("common", "head", "agent")),  # the planner, without a daemon
     *(("herder/cli/plan_calibrate.py", package) for package in ("common", "head")),
     *((f"herder/cli/{name}.py", "agent") for name in ("bench", "bench_view")),  # the load generator, likewise
+    *((f"herder/cli/{name}.py", "common") for name in ("bench", "bench_view")),
 }
 
 

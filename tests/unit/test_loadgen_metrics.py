@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.loadgen.histogram import MAX_VALUE, RELATIVE_ERROR, Histogram, bounds_of, bucket_of, nearest_rank
-from agent.loadgen.metrics import MS, NS, Limit, Window, bound_rank, good_count, latencies, summarize, tpot_ns
-from agent.loadgen.records import COLUMNS, GRID_NS, OUTCOME, Records
-from agent.loadgen.report import series, throughput
-from agent.loadgen.verdict import Steadiness, reasons, steadiness
+from common.bench.histogram import MAX_VALUE, RELATIVE_ERROR, Histogram, bounds_of, bucket_of, nearest_rank
+from common.bench.metrics import MS, NS, Limit, Window, bound_rank, good_count, latencies, summarize, tpot_ns
+from common.bench.records import COLUMNS, GRID_NS, OUTCOME, Records
+from common.bench.report import series, throughput
+from common.bench.verdict import Steadiness, reasons, steadiness
 
 VALUES = st.lists(st.integers(0, MAX_VALUE), min_size=1, max_size=200)
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.loadgen import schedule
-from agent.loadgen.schedule import EVEN, NS, Flat, Profile, Ramp, Sine, Steps, draw, from_times, spike
+from common.bench import schedule
+from common.bench.schedule import EVEN, NS, Flat, Profile, Ramp, Sine, Steps, draw, from_times, spike
 
 PROFILES: list[Profile] = [
     Flat(7.0),

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from agent.loadgen import datasets, order, traces
 from agent.loadgen.apis import APIS
-from agent.loadgen.scenario import Shape, parse
 from agent.loadgen.target import parse_url
 from agent.loadgen.words import WORDS, Words
 from agent.loadgen.workload import Item, Style, api_for, png, prepare
+from common.bench.scenario import Shape, parse
+from common.bench.spec import LoadSpec
 from herder.cli.bench import _token_for, command
 from herder.cli.command import Globals
 
@@ -300,27 +301,31 @@ def test_headers_cannot_smuggle() -> None:
             parse_url("http://h", APIS["chat"], headers=[header])
 
 
-def asked(*words: str) -> dict[str, Any]:
-    """The options of a command line, as `herder bench` gets them."""
+def asked(*words: str) -> LoadSpec:
+    """What `herder bench` makes of a command line."""
     given = dict(command.make_context("bench", ["http://127.0.0.1:1", *words]).params)
-    return given | {"ca_file": None}
+    fields = {name: given[name] for name in LoadSpec.__struct_fields__}
+    return LoadSpec(**(fields | {"parameters": dict(given["parameters"])}))
+
+
+AIM = order.Aim("http://127.0.0.1:1")
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--model m --duration 5s", "--rate R"),
-        ("--model m --rate 5", "--duration or --requests"),
+        ("--model m --duration 5s", "rate (open loop)"),
+        ("--model m --rate 5", "duration or requests"),
         ("--model m --rate 5 --concurrency 2 --duration 5s", "closed loop"),
-        ("--rate 5 --duration 5s", "--model"),
-        ("--model m --rate 5 --duration 5s --arrivals gamma", "--burstiness"),
+        ("--rate 5 --duration 5s", "model"),
+        ("--model m --rate 5 --duration 5s --arrivals gamma", "burstiness"),
         ("--model m --rate 5 --duration 5s --burstiness 2", "gamma"),
-        ("--model m --rate 5 --duration 5s --arrivals ramp", "--peak"),
-        ("--model m --rate 5 --duration 5s --peak 9", "--peak is for"),
-        ("--model m --arrivals steps --duration 5s", "--rate R"),
+        ("--model m --rate 5 --duration 5s --arrivals ramp", "peak"),
+        ("--model m --rate 5 --duration 5s --peak 9", "peak is for"),
+        ("--model m --arrivals steps --duration 5s", "rate (open loop)"),
         ("--model m --step 10y5 --duration 5s", "10x30s"),
         ("--model m --rate 5 --duration 5s --slo ttft=5", "ttft:500"),
-        ("--model m --concurrency 2 --workers 3 --requests 9", "more --workers"),
+        ("--model m --concurrency 2 --workers 3 --requests 9", "more workers"),
         ("--model m --rate 5 --duration 5s --think 1s", "closed loop"),
         ("--model m --rate 0.001 --duration 1s", "no request"),
     ],
@@ -328,18 +333,20 @@ def asked(*words: str) -> dict[str, Any]:
 def test_orders_that_make_no_sense(words: str, said: str) -> None:
     """Refused with what to change."""
     with pytest.raises(ValueError) as caught:
-        order.order_of(asked(*words.split()))
+        order.order_of(asked(*words.split()), AIM)
     assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_shares_are_the_order(workers: int) -> None:
     """Together the processes do exactly what was asked, in an open and in a closed loop."""
-    made = order.order_of(asked("--model", "m", "--rate", "50", "--duration", "2s", "--workers", str(workers)))
+    made = order.order_of(asked("--model", "m", "--rate", "50", "--duration", "2s", "--workers", str(workers)), AIM)
     assert made.schedule is not None
     shares = order.shares_of(made)
     assert sorted(at for share in shares for at in share.times_ns) == list(made.schedule.times_ns)
-    closed = order.order_of(asked("--model", "m", "--concurrency", "7", "--requests", "20", "--workers", str(workers)))
+    closed = order.order_of(
+        asked("--model", "m", "--concurrency", "7", "--requests", "20", "--workers", str(workers)), AIM
+    )
     shares = order.shares_of(closed)
     assert sum(share.slots for share in shares) == 7
     assert sum(share.requests or 0 for share in shares) == 20
@@ -366,3 +373,20 @@ def test_a_token_goes_to_its_own_head_only(tmp_path: Path, monkeypatch: pytest.M
     named.write_text("other\n")
     named.chmod(0o600)
     assert _token_for(Globals(token_file=str(named)), "http://engine.example:8000", ()) == "other"
+
+
+@pytest.mark.parametrize("words", ["--model m --rate 50 --duration 2s", "--model m --concurrency 7 --requests 20"])
+def test_parts_of_several_nodes_are_the_order(words: str) -> None:
+    """Nodes that each draw the whole order and do their part of it do together exactly what one node would."""
+    whole = order.order_of(asked(*words.split()), AIM)
+    parts = [order.order_of(asked(*words.split(), "--workers", "2"), AIM, part=part, parts=3) for part in range(3)]
+    assert {made.digest for made in parts} == {whole.digest}
+    shares = [share for made in parts for share in order.shares_of(made)]
+    (alone,) = order.shares_of(whole)
+    assert sorted(at for share in shares for at in share.times_ns) == sorted(alone.times_ns)
+    assert sorted(number for share in shares for number in share.indices) == sorted(alone.indices)
+    assert sum(share.slots for share in shares) == alone.slots
+    assert sum(share.requests or 0 for share in shares) == (alone.requests or 0)
+    assert [share.slots_before for share in shares] == [
+        sum(share.slots for share in shares[:number]) for number in range(len(shares))
+    ]

@@ -6,17 +6,15 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from agent.loadgen import verdict
-from agent.loadgen.metrics import (
+from common.bench import verdict
+from common.bench.metrics import (
     FORMULAS,
     MS,
     NS,
-    Limit,
     Summary,
     Window,
     good_count,
@@ -24,10 +22,9 @@ from agent.loadgen.metrics import (
     of_histogram,
     summarize,
 )
-from agent.loadgen.records import GRID_NS, OUTCOMES, SOURCES, WIDTH, Records
-from agent.loadgen.run import Outcome
-from agent.loadgen.verdict import Finding, Steadiness
-from agent.loadgen.workload import Workload
+from common.bench.outcome import Asked, Outcome
+from common.bench.records import GRID_NS, OUTCOMES, SOURCES, WIDTH, Records
+from common.bench.verdict import Finding, Steadiness
 from herder import __version__
 
 SCHEMA_VERSION = 1
@@ -111,23 +108,6 @@ class Report(msgspec.Struct, frozen=True):
     histograms: dict[str, dict[str, Any]]
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a run was to be, as far as the report needs it."""
-
-    plan: Mapping[str, Any]
-    """Everything that was asked, as plain data."""
-    is_open: bool
-    warmup_s: float
-    until_s: float | None
-    """Nothing was to be sent from here on; None: the run ends with its last answer."""
-    cooldown_s: float
-    due_ns: Sequence[int]
-    limits: Sequence[Limit]
-    workload: Workload
-    is_exact: bool
-
-
 def window_of(asked: Asked, outcome: Outcome) -> tuple[Window, str]:
     """The measured part, its edges on the grid of 10 ms, and the rule that gave it."""
     begin = math.ceil(asked.warmup_s * NS / GRID_NS) * GRID_NS
@@ -180,8 +160,8 @@ def build(asked: Asked, outcome: Outcome) -> Report:
         records,
         latency,
         steady,
-        prepared=len(asked.workload.items),
-        counted_by=asked.workload.counted_by,
+        prepared=asked.prepared,
+        counted_by=asked.counted_by,
         is_exact=asked.is_exact,
         counted_as=token_source,
     )
@@ -289,7 +269,7 @@ def _itl_source(records: Records) -> str:
 
 def _classes(asked: Asked, records: Records, window: Window) -> dict[str, dict[str, Any]]:
     """The main figures of each class, where there are several."""
-    names = asked.workload.classes
+    names = asked.classes
     if len(names) < 2:
         return {}
     width = len(records.column("index"))
@@ -309,7 +289,7 @@ def _classes(asked: Asked, records: Records, window: Window) -> dict[str, dict[s
 
 def _histograms(records: Records, samples: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
     """Every metric as a histogram that adds up with those of other runs."""
-    from agent.loadgen.histogram import Histogram
+    from common.bench.histogram import Histogram
 
     made = {"icl": records.icl, "itl": records.itl, "client_lag": records.lag}
     for name in ("ttft", "ttft_sched", "tpot", "e2e", "e2e_sched", "send_lag"):
@@ -366,7 +346,7 @@ def machine() -> dict[str, Any]:
 
 def detail(records: Records) -> list[dict[str, Any]]:
     """Every request, times in milliseconds after the start of the run."""
-    from agent.loadgen.records import COLUMNS
+    from common.bench.records import COLUMNS
 
     times = {"scheduled", "acted", "sent", "first", "first_output", "last", "end", "connect", "stall"}
     made = []

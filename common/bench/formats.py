@@ -12,9 +12,9 @@ import io
 from datetime import UTC, datetime
 from typing import Any
 
-from agent.loadgen.metrics import MS
-from agent.loadgen.records import OUTCOMES, Records
-from agent.loadgen.report import Report
+from common.bench.metrics import MS
+from common.bench.records import OUTCOMES, Records
+from common.bench.report import Report
 
 FORMATS = ("json", "csv", "vllm", "genai-bench")
 _SHARES = {"p50": "50", "p90": "90", "p95": "95", "p99": "99"}

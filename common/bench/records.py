@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.loadgen.histogram import Histogram
+from common.bench.histogram import Histogram
 
 COLUMNS = (
     "index",

@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from agent.loadgen.metrics import MS, NS, Summary, Window
-from agent.loadgen.records import Records
+from common.bench.metrics import MS, NS, Summary, Window
+from common.bench.records import Records
 
 LATE_FLOOR_NS = 1_000_000
 LATE_SHARE = 0.01
@@ -168,7 +168,7 @@ def _token_mismatch(records: Records) -> float:
 
 def counts_of(records: Records) -> dict[str, int]:
     """Requests by outcome."""
-    from agent.loadgen.records import OUTCOMES
+    from common.bench.records import OUTCOMES
 
     found: dict[str, int] = {}
     for outcome in records.column("outcome"):

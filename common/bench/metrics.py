@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from agent.loadgen.histogram import Histogram, nearest_rank
-from agent.loadgen.records import OUTCOME, Records
+from common.bench.histogram import Histogram, nearest_rank
+from common.bench.records import OUTCOME, Records
 
 NS = 1_000_000_000
 MS = 1_000_000

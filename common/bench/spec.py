@@ -1,0 +1,213 @@
+"""The spec of a load run: one document that the command line, recipes, the head and the load nodes share.
+
+Times are seconds. `check` says what cannot be; it needs no file and no network, so the head refuses a bad spec at its
+border. What needs files (datasets, traces, tokenizers) is checked where they are.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+from typing import Any
+
+import msgspec
+
+from common.bench import scenario, schedule
+from common.bench.metrics import Limit
+from common.bench.schedule import Profile, Schedule
+
+APIS = (
+    "chat",
+    "completions",
+    "embeddings",
+    "rerank",
+    "speech",
+    "ollama",
+    "http",
+)
+ARRIVALS = ("poisson", "constant", "gamma", "ramp", "steps", "spike", "sine", "trace")
+MAX_WORKERS = 256
+MAX_SLOTS = 100_000
+SLO_METRICS = ("ttft", "tpot", "e2e")
+_STEP = re.compile(r"(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)(ms|s|m|h)?")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+
+
+class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What load is put on a server. Defaults are those of `herder bench`."""
+
+    model: str = ""
+    """Its name in requests."""
+    api: str | None = None
+    """One of APIS; None: what the scenarios need."""
+    rate: float | None = None
+    """Open loop: requests per second."""
+    arrivals: str = "poisson"
+    burstiness: float | None = None
+    peak: float | None = None
+    peak_at: float | None = None
+    peak_for: float | None = None
+    period: float | None = None
+    steps: tuple[str, ...] = ()
+    """RATExTIME, one after the other."""
+    trace: str | None = None
+    """A file."""
+    speed: float = 1.0
+    concurrency: int | None = None
+    """Closed loop: requests kept on their way."""
+    think: float = 0.0
+    stagger: float = 0.0
+    duration: float | None = None
+    """How long is measured; warm-up and cool-down come on top."""
+    requests: int | None = None
+    warmup: float = 0.0
+    cooldown: float = 0.0
+    scenarios: tuple[str, ...] = ()
+    dataset: str | None = None
+    """A file, or FILE:kind."""
+    tokenizer: str | None = None
+    """A tokenizer.json."""
+    prefix_tokens: int = 0
+    prefix_groups: int = 1
+    turns: int = 1
+    turn_think: float = 0.0
+    batch: int = 1
+    stream: bool = True
+    exact: bool = True
+    chunk_usage: bool = False
+    parameters: dict[str, Any] = {}
+    """Fields of the body."""
+    path: str | None = None
+    method: str = "POST"
+    body: str | None = None
+    """Plain HTTP: a file."""
+    slos: tuple[str, ...] = ()
+    """METRIC:MILLISECONDS."""
+    seed: int = 0
+    workers: int = 1
+    """Processes on each load node."""
+    drain: float = 60.0
+    timeout: float = 900.0
+    first_timeout: float = 300.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether requests are sent on a schedule, whatever came back."""
+        return self.concurrency is None
+
+    @property
+    def until_s(self) -> float | None:
+        """How long is sent; None where the number of requests ends the run."""
+        return None if self.duration is None else self.warmup + self.duration + self.cooldown
+
+
+def check(spec: LoadSpec) -> None:
+    """Raises: ValueError that says what to change."""
+    is_trace = spec.arrivals == "trace" or spec.trace is not None
+    if spec.arrivals not in ARRIVALS:
+        raise ValueError(f"arrivals {spec.arrivals!r}: one of {', '.join(ARRIVALS)}")
+    if spec.api is not None and spec.api not in APIS:
+        raise ValueError(f"api {spec.api!r}: one of {', '.join(APIS)}")
+    if not spec.is_open and (spec.rate is not None or is_trace or spec.steps):
+        raise ValueError("concurrency is a closed loop, rate, steps and trace an open one; take one")
+    if spec.is_open and spec.rate is None and not is_trace and not spec.steps:
+        raise ValueError("say how much load: rate (open loop) or concurrency (closed loop)")
+    if spec.duration is None and spec.requests is None and not is_trace:
+        raise ValueError("say how long: duration or requests")
+    if spec.arrivals == "trace" and not spec.trace:
+        raise ValueError("arrivals trace needs a trace file")
+    if spec.is_open and (spec.think or spec.stagger):
+        raise ValueError("think and stagger belong to the closed loop (concurrency)")
+    bounds = {
+        "concurrency": MAX_SLOTS,
+        "requests": schedule.MAX_ARRIVALS,
+        "workers": MAX_WORKERS,
+        "turns": 1000,
+        "batch": 10_000,
+        "prefix_groups": 100_000,
+    }
+    for name, most in bounds.items():
+        value = getattr(spec, name)
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{name} is 1 to {most:,}")
+    for name in ("think", "stagger", "warmup", "cooldown", "turn_think", "drain", "timeout", "first_timeout"):
+        if not 0 <= getattr(spec, name) <= 7 * 86_400:
+            raise ValueError(f"{name} is 0 to 7 days")
+    if spec.duration is not None and not 0 < spec.duration <= 7 * 86_400:
+        raise ValueError("duration is more than 0 and at most 7 days")
+    if spec.concurrency is not None and spec.workers > spec.concurrency:
+        raise ValueError("more workers than concurrency")
+    if not re.fullmatch(r"[A-Z]{1,20}", spec.method) or spec.method in ("HEAD", "CONNECT"):
+        raise ValueError(f"method {spec.method!r}: GET, POST, PUT, PATCH, DELETE or OPTIONS")
+    for text in spec.scenarios:
+        scenario.parse(text)
+    limits_of(spec)
+    if spec.is_open and spec.trace is None:
+        schedule_of(spec)
+
+
+def limits_of(spec: LoadSpec) -> list[Limit]:
+    """The limits for goodput. Raises: ValueError."""
+    found = []
+    for text in spec.slos:
+        name, _, value = text.partition(":")
+        if name not in SLO_METRICS or not re.fullmatch(r"\d+(\.\d+)?", value):
+            raise ValueError(f"{text!r} is not a limit; write ttft:500, tpot:50 or e2e:10000 (milliseconds)")
+        found.append(Limit(name, float(value)))
+    return found
+
+
+def schedule_of(spec: LoadSpec) -> Schedule:
+    """The whole schedule of an open loop without a trace: the same wherever it is drawn. Raises: ValueError."""
+    profile, kind = _profile(spec), spec.arrivals
+    burstiness = spec.burstiness
+    if burstiness is None:
+        if kind == "gamma":
+            raise ValueError("arrivals gamma needs burstiness")
+        burstiness = schedule.EVEN if kind == "constant" else 1.0
+    elif kind in ("poisson", "constant"):
+        raise ValueError(f"burstiness is for arrivals gamma and the rates that change, not {kind}")
+    drawn = schedule.draw(
+        profile, burstiness=burstiness, seed=spec.seed, duration_s=spec.until_s, requests=spec.requests
+    )
+    if not len(drawn.times_ns):
+        raise ValueError("no request falls into this time; a longer duration or a higher rate")
+    return drawn
+
+
+def trace_schedule(spec: LoadSpec, times_s: list[float], format_: str) -> Schedule:
+    """The schedule of recorded arrivals. Raises: ValueError."""
+    name = f"{format_} trace {PurePath(spec.trace or '').name} at {spec.speed:g} times its speed"
+    drawn = schedule.from_times(times_s[: spec.requests], speed=spec.speed, name=name, limit_s=spec.until_s)
+    if not len(drawn.times_ns):
+        raise ValueError("no request falls into this time; a longer duration or a higher speed")
+    return drawn
+
+
+def _profile(spec: LoadSpec) -> Profile:
+    kind, rate, peak, until_s = spec.arrivals, spec.rate, spec.peak, spec.until_s
+    if spec.steps or kind == "steps":
+        if not spec.steps:
+            raise ValueError("arrivals steps needs steps, each as RATExTIME")
+        return schedule.Steps(tuple(_step(text) for text in spec.steps))
+    if rate is None:
+        raise ValueError(f"arrivals {kind} needs a rate")
+    if kind in ("ramp", "spike", "sine"):
+        if peak is None or until_s is None:
+            raise ValueError(f"arrivals {kind} needs peak and duration")
+        if kind == "ramp":
+            return schedule.Ramp(rate, peak, until_s)
+        if kind == "spike":
+            at_s = spec.peak_at if spec.peak_at is not None else until_s / 3
+            return schedule.spike(rate, peak, at_s, spec.peak_for or until_s / 6)
+        return schedule.Sine(rate, peak - rate, spec.period or until_s)
+    if peak is not None:
+        raise ValueError("peak is for arrivals ramp, spike and sine")
+    return schedule.Flat(rate)
+
+
+def _step(text: str) -> tuple[float, float]:
+    found = _STEP.fullmatch(text)
+    if found is None:
+        raise ValueError(f"{text!r} is not a step; write 10x30s")
+    return float(found[1]), float(found[2]) * _SECONDS[found[3]]
