@@ -152,6 +152,10 @@ class RecipeNotFound(NotFound):
     code = "recipe_not_found"
 
 
+class BenchmarkNotFound(NotFound):
+    code = "benchmark_not_found"
+
+
 class SourceNotFound(NotFound):
     code = "source_not_found"
 

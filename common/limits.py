@@ -40,6 +40,19 @@ STEP_BYTES_PER_S = 2_000_000
 STEP_STOP_MS = 300_000  # how long a cancelled step waits for its agent before it ends anyway
 JOBS_PRUNED_PER_TICK = 200
 
+# benchmarks
+BENCHMARKS_LIVE = 16
+BENCHMARKS_KEPT = 1_000  # ended ones beyond this are removed with their results, oldest first
+RUNS_PER_NODE = 4  # load generators and monitors at the same time
+RUN_PREPARE_MS = 300_000  # writing every prompt and opening connections
+RUN_COLLECT_MS = 300_000  # from a run's end to its artifacts being with the head
+RUN_LEAD_MS = 1_000  # from "all are armed" to the common start
+RUN_LOST_MS = 60_000  # a load node that is silent for so long has lost its part
+JUDGE_S = 600.0  # merging a point's parts and writing its report
+ARTIFACT_BYTES = 2_147_483_648  # one file of a run
+ARTIFACTS_PER_RUN = 16
+CLOCK_ASKS = 16  # questions of one estimate of a node's clock
+
 # HTTP
 BODY_BYTES = 1_048_576  # control plane; a larger body is 413 before it is read
 GATEWAY_BODY_BYTES = 33_554_432  # prompts with images

@@ -5,8 +5,8 @@ is counted and ignored, so that version N talks to N-1. Machine messages tolerat
 need defaults; a field never changes its type. Lost, repeated or reordered frames cost time, never correctness:
 the head repeats what is desired until the agent reports it, and `(op_id, generation)` dedupes.
 
-agent -> head   hello, report, lease, telemetry, progress, result, leaving, log_chunk
-head  -> agent  welcome, refused, ack, command, result_ack, log_request
+agent -> head   hello, report, lease, telemetry, progress, result, leaving, log_chunk, run_tick, clock_told
+head  -> agent  welcome, refused, ack, command, result_ack, log_request, clock_ask
 """
 
 from __future__ import annotations
@@ -232,6 +232,21 @@ class OpStatus(Message, frozen=True):
     state: str
 
 
+class RunStatus(Message, frozen=True):
+    """One part of a benchmark as the agent sees it.
+
+    state: preparing | armed | running | uploading | done | failed. armed: everything is written, connections are open,
+    it waits for its FireRun. done: every artifact is with the head.
+    """
+
+    run: str
+    generation: Int
+    state: str
+    digest: str = ""  # of what will be sent and when, once armed
+    start_boottime_ns: Int = 0  # when it began, or will
+    error: ErrorInfo | None = None
+
+
 class Report(Message, frozen=True):
     """Everything this agent holds; replaces what the head observed before.
 
@@ -242,6 +257,7 @@ class Report(Message, frozen=True):
     copies: tuple[CopyStatus, ...] = ()
     replicas: tuple[ReplicaStatus, ...] = ()
     ops: tuple[OpStatus, ...] = ()
+    runs: tuple[RunStatus, ...] = ()
     digest: Digest = 0  # as the leases carry it while nothing changes; 0: not said
     page: Int = 0
     pages: Int = 1  # more only to heads that said so in `Welcome.features`
@@ -321,6 +337,33 @@ class LogChunk(Message, frozen=True):
     data: str
     is_last: bool = False
     error: ErrorInfo | None = None
+
+
+class RunTick(Message, frozen=True):
+    """What a load run did in its last second; may be lost. Times are milliseconds."""
+
+    run: str
+    at_s: float  # after the start
+    sent: Int = 0
+    done: Int = 0
+    failed: Int = 0
+    in_flight: Int = 0
+    tokens: Int = 0
+    ttft_p50_ms: float | None = None
+    ttft_p99_ms: float | None = None
+
+
+class ClockAsk(Message, frozen=True):
+    """Asks for the agent's clock; answered at once. `asked_ns` comes back as it is."""
+
+    asked_ns: Int
+
+
+class ClockTold(Message, frozen=True):
+    """The agent's CLOCK_BOOTTIME in nanoseconds, read when it answered."""
+
+    asked_ns: Int
+    boottime_ns: Int
 
 
 # commands
@@ -411,6 +454,40 @@ class CheckHealth(CommandBody, tag="check_health", frozen=True):
     timeout_s: float = 5.0
 
 
+class EnsureRun(CommandBody, tag="ensure_run", frozen=True):
+    """This part of a benchmark shall be prepared, and run once it is fired.
+
+    kind "load": `spec` is a common.bench.spec.LoadSpec; this is part `part` of `parts` of one schedule that every part
+    draws whole. kind "monitor": `spec` is {"interval": seconds, "engines": [{"replica", "url", "api_key"}, ...]}; it
+    starts at once, without FireRun, and goes on until EndRun.
+    """
+
+    run: str
+    kind: str  # "load" | "monitor"
+    spec: dict[str, Any]
+    benchmark: str = ""
+    part: Int = 0
+    parts: Int = 1
+    urls: tuple[str, ...] = ()  # where the load goes; requests take them by `spread`
+    spread: str = "round-robin"  # "round-robin" | "random" | "all-to-all" | "static"
+    token: str = ""  # for the Authorization header; travels only here, stands in a 0600 file at the agent
+    stop_after_ms: Int = 0  # ends by itself after so long, whatever the head says
+
+
+class FireRun(CommandBody, tag="fire_run", frozen=True):
+    """An armed load run shall begin at this moment of the agent's own CLOCK_BOOTTIME."""
+
+    run: str
+    start_boottime_ns: Int
+
+
+class EndRun(CommandBody, tag="end_run", frozen=True):
+    """A run shall end. how: "finish" (send no more, let answers end, send the artifacts), "forget" (kill, delete)."""
+
+    run: str
+    how: str = "finish"
+
+
 class CancelOp(CommandBody, tag="cancel_op", frozen=True):
     """Stop working on another command; its result will be `cancelled` unless it had ended."""
 
@@ -418,7 +495,7 @@ class CancelOp(CommandBody, tag="cancel_op", frozen=True):
     target_generation: Int
 
 
-AnyCommand = EnsureCopy | DropCopy | EnsureReplica | StopReplica | CheckHealth | CancelOp
+AnyCommand = EnsureCopy | DropCopy | EnsureReplica | StopReplica | CheckHealth | EnsureRun | FireRun | EndRun | CancelOp
 
 
 class Command(Message, frozen=True):
@@ -446,6 +523,9 @@ KINDS: dict[type[Message], str] = {
     Leaving: "leaving",
     LogRequest: "log_request",
     LogChunk: "log_chunk",
+    RunTick: "run_tick",
+    ClockAsk: "clock_ask",
+    ClockTold: "clock_told",
     Command: "command",
 }
 TYPES: dict[str, type[Message]] = {kind: cls for cls, kind in KINDS.items()}

@@ -15,6 +15,10 @@ from msgspec import Meta, Struct
 ModelType = Literal["llm", "embedding", "reranker", "diffusion", "vision", "audio", "multimodal", "other"]
 Role = Literal["admin", "operator", "viewer", "agent", "inference"]
 Action = Literal["download", "move", "copy", "serve", "stop_serve", "delete", "health_check"]
+BenchmarkState = Literal["pending", "preparing", "running", "finishing", "completed", "failed", "cancelled"]
+PointState = Literal[
+    "pending", "preparing", "armed", "running", "collecting", "judging", "completed", "failed", "cancelled"
+]
 JobState = Literal["pending", "running", "completed", "failed", "cancelled"]
 StepState = Literal["pending", "running", "completed", "failed", "cancelled", "skipped"]
 CopyState = Literal[
@@ -393,6 +397,110 @@ class JobView(Answer, frozen=True):
     ended_ms: int | None
     steps: tuple[StepView, ...]
     error: ErrorDetail | None = None
+
+
+# benchmarks
+class CreateBenchmark(Request, frozen=True):
+    """A benchmark from a recipe by name, from a recipe sent along, or from the first changed by the second.
+
+    `document` is a whole recipe (without `recipe`) or what replaces the same places of the named one.
+    """
+
+    recipe: str = ""
+    document: dict[str, Any] = {}
+    name: Annotated[str, Meta(max_length=64)] = ""
+
+
+class RunView(Answer, frozen=True):
+    """One node's part of a point, or its monitor."""
+
+    id: str
+    node: str
+    kind: Literal["load", "monitor"]
+    state: str
+    part: int
+    parts: int
+    artifacts: tuple[str, ...] = ()
+    error: ErrorDetail | None = None
+
+
+class PointView(Answer, frozen=True):
+    """One run of a benchmark. figures: main figures of its report by name (ttft_p50_ms, req_s, ...)."""
+
+    number: int
+    changes: dict[str, Any]
+    repetition: int
+    status: PointState
+    is_valid: bool
+    reasons: tuple[str, ...]
+    coverage: float
+    skew_ms: float
+    figures: dict[str, float]
+    started_ms: int | None = None
+    ended_ms: int | None = None
+    error: ErrorDetail | None = None
+
+
+class BenchmarkView(Answer, frozen=True):
+    """A benchmark and how far it is. `points` and `runs` are empty in lists."""
+
+    id: str
+    name: str
+    status: BenchmarkState
+    actor: str
+    recipe_sha256: str
+    model: str
+    service: str
+    points_done: int
+    points_planned: int
+    is_valid: bool
+    is_degraded: bool
+    note: str
+    created_ms: int
+    started_ms: int | None
+    ended_ms: int | None
+    load_nodes: tuple[str, ...] = ()
+    server_nodes: tuple[str, ...] = ()
+    recipe: dict[str, Any] = {}
+    points: tuple[PointView, ...] = ()
+    runs: tuple[RunView, ...] = ()
+    best: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    labels: dict[str, str] = {}
+    error: ErrorDetail | None = None
+
+
+class BenchmarkFile(Answer, frozen=True):
+    """One file kept with a benchmark's result."""
+
+    name: str
+    bytes: int
+
+
+class BenchmarkTick(Answer, frozen=True):
+    """One second of a running point, all load nodes together. Times are milliseconds."""
+
+    benchmark: str
+    point: int
+    at_s: float
+    nodes: int
+    sent: int
+    done: int
+    failed: int
+    in_flight: int
+    tokens: int
+    ttft_p50_ms: float | None
+    ttft_p99_ms: float | None
+
+
+class BenchmarkRecipeView(Answer, frozen=True):
+    """A benchmark recipe of the head."""
+
+    name: str
+    description: str
+    path: str
+    sha256: str
+    document: dict[str, Any]
 
 
 # keys, events, the rest

@@ -52,6 +52,34 @@ class EndDrain(Effect, frozen=True):
     generation: int
 
 
+class MeasureClock(Effect, frozen=True):
+    """Asks an agent's clock some times in this session; answered by ClockMeasured, or not at all when it has gone."""
+
+    node: str
+    session_id: str
+
+
+class JudgePoint(Effect, frozen=True):
+    """Merges the stored artifacts of a point's runs and writes its report; answered by PointJudged."""
+
+    benchmark: str
+    generation: int
+    point: int
+
+
+class WriteBenchmark(Effect, frozen=True):
+    """Collects logs and writes the whole report; answered by BenchmarkWritten."""
+
+    benchmark: str
+    generation: int
+
+
+class RemoveBenchmark(Effect, frozen=True):
+    """Deletes a benchmark's files."""
+
+    benchmark: str
+
+
 class CloseSession(Effect, frozen=True):
     """Ends a session; `error` is sent before as `Refused`."""
 

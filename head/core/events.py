@@ -9,6 +9,8 @@ from __future__ import annotations
 import msgspec
 
 from common import limits, wire
+from common.bench.recipe import BenchmarkRecipe
+from common.errors import ErrorInfo
 from common.recipe import Recipe
 from herder import types as api
 
@@ -110,6 +112,45 @@ class ReplicaIdle(Event, frozen=True):
     generation: int
 
 
+# benchmarks
+class ClockMeasured(Event, frozen=True):
+    """The shell has asked a node's clock: node boottime = Herder time x 1e6 + offset_ns, to within bound_ns."""
+
+    node: str
+    session_id: str
+    offset_ns: int
+    bound_ns: int
+
+
+class ArtifactStored(Event, frozen=True):
+    """A file of a run is with the head, whole and synced."""
+
+    run: str
+    generation: int
+    name: str
+    bytes: int
+
+
+class PointJudged(Event, frozen=True):
+    """Answers JudgePoint: a point's parts were merged and its report is written, or why not."""
+
+    benchmark: str
+    generation: int
+    point: int
+    is_valid: bool = False
+    reasons: tuple[str, ...] = ()
+    figures: dict[str, float] = {}
+    error: ErrorInfo | None = None
+
+
+class BenchmarkWritten(Event, frozen=True):
+    """Answers WriteBenchmark: logs are collected and the whole report is written, or why not."""
+
+    benchmark: str
+    generation: int
+    error: ErrorInfo | None = None
+
+
 # requests
 class RequestEvent(Event, frozen=True, kw_only=True):
     """Root of what comes through the API. `idempotency_key` "" when the caller gave none."""
@@ -184,6 +225,23 @@ class CreateServiceRequested(RequestEvent, frozen=True, kw_only=True):
 
 class DeleteServiceRequested(RequestEvent, frozen=True, kw_only=True):
     service: str
+
+
+class CreateBenchmarkRequested(RequestEvent, frozen=True, kw_only=True):
+    """Answered with "benchmark:<id>". `recipe` is checked already as far as that needs no cluster."""
+
+    recipe: BenchmarkRecipe
+    api_key: str  # drawn by the shell for the engines of a service that is made for it
+
+
+class CancelBenchmarkRequested(RequestEvent, frozen=True, kw_only=True):
+    benchmark: str
+
+
+class DeleteBenchmarkRequested(RequestEvent, frozen=True, kw_only=True):
+    """Removes an ended benchmark and its result."""
+
+    benchmark: str
 
 
 class CreateKeyRequested(RequestEvent, frozen=True, kw_only=True):

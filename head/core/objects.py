@@ -298,6 +298,92 @@ class Check(Object, frozen=True):
         return self.id
 
 
+class Point(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One run of a benchmark: the recipe's load with `changes`, for the n-th time.
+
+    state: pending | preparing | armed | running | collecting | judging | completed | failed | cancelled.
+    """
+
+    number: int
+    changes: dict[str, Any] = {}
+    repetition: int = 0
+    seed: int = 0
+    state: str = "pending"
+    runs: tuple[str, ...] = ()  # keys of its load Runs, by part
+    fire_ms: int = 0  # when it began, Herder time
+    ended_ms: int = 0
+    skew_ms: float = 0.0  # bound of how far apart the load nodes began
+    coverage: float = 1.0  # share of the schedule that was really performed; below 1: a load node was lost
+    is_valid: bool = False
+    reasons: tuple[str, ...] = ()  # codes of why it is not
+    figures: dict[str, float] = {}  # the main figures of its report
+    error: ErrorInfo | None = None
+
+
+class Benchmark(Object, frozen=True):
+    """A recipe that is performed: point after point, each on all load nodes together.
+
+    state: pending | preparing (service, monitors) | running | finishing (monitors, logs, report) | completed |
+    failed | cancelled. A completed benchmark is_degraded when a load node was lost in any point.
+    """
+
+    KIND = "benchmark"
+    id: str
+    name: str
+    recipe: dict[str, Any]  # common.bench.recipe.BenchmarkRecipe as plain data, defaults included
+    recipe_sha256: str
+    actor: str
+    state: str
+    created_ms: int
+    generation: int
+    cause: str
+    points: tuple[Point, ...] = ()
+    load_nodes: tuple[str, ...] = ()
+    server_nodes: tuple[str, ...] = ()
+    monitors: tuple[str, ...] = ()  # keys of its monitor Runs
+    service: str = ""
+    is_own_service: bool = False
+    started_ms: int = 0
+    ended_ms: int = 0
+    not_before_ms: int = 0
+    is_cancelling: bool = False
+    is_degraded: bool = False
+    best: dict[str, Any] = {}  # of a search: the most load that met the SLO
+    note: str = ""  # what it waits for, in words
+    error: ErrorInfo | None = None
+    facts: dict[str, Any] = {}  # versions, engine flags, inventory of the nodes: as they were
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+
+class Run(Object, frozen=True):
+    """One node's part of a benchmark's point, or its monitor. States as wire.RunStatus, plus `pending` and `lost`."""
+
+    KIND = "run"
+    id: str  # "<benchmark>.<point>.<part>" or "<benchmark>.monitor.<node>"
+    benchmark: str
+    node: str
+    kind: str  # "load" | "monitor"
+    generation: int
+    desired: str  # armed | fired | ended | absent
+    state: str
+    cause: str
+    created_ms: int
+    point: int = -1
+    part: int = 0
+    parts: int = 1
+    digest: str = ""
+    start_boottime_ns: int = 0
+    artifacts: tuple[str, ...] = ()  # names of those that the head holds
+    error: ErrorInfo | None = None
+
+    @property
+    def key(self) -> str:
+        return self.id
+
+
 class ApiKey(Object, frozen=True):
     """A token, stored as the hex sha256 of its secret part (256 random bits, so a plain hash is enough)."""
 
@@ -331,6 +417,5 @@ class Idempotent(Object, frozen=True):
         return self.id
 
 
-KINDS: dict[str, type[Object]] = {
-    cls.KIND: cls for cls in (Meta, Node, Model, ModelManifest, Copy, Service, Replica, Job, Check, ApiKey, Idempotent)
-}
+_ALL = (Meta, Node, Model, ModelManifest, Copy, Service, Replica, Job, Check, Benchmark, Run, ApiKey, Idempotent)
+KINDS: dict[str, type[Object]] = {cls.KIND: cls for cls in _ALL}
