@@ -102,6 +102,8 @@ def _handle(turn: Turn, command: wire.Command) -> None:
             _check_health(turn, command, body)
         case wire.CancelOp():
             _cancel(turn, command, body)
+        case wire.EnsureRun() | wire.FireRun() | wire.EndRun():
+            _refuse(turn, command, errors.Unavailable("this agent takes no part in benchmarks"))
         case _:
             assert_never(body)
 
