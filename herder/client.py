@@ -8,19 +8,19 @@ carries an Idempotency-Key, drawn here unless the caller gives one.
 
 from __future__ import annotations
 
-import asyncio
 import os
-import shutil
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import msgspec
 
 from herder import following, types
+from herder.client_benchmarks import BenchmarkCalls
 from herder.errors import HerderError, HerderJobError
+from herder.files import write_whole
 from herder.following import ChatChunk
 from herder.listing import Listing
 from herder.settings import Settings, discover
@@ -42,7 +42,7 @@ class _GatewayModels(msgspec.Struct, frozen=True):
 _PLAN_READS = ("", "accuracy", "health", "presets", "topology")  # questions of the planner without a body
 
 
-class AsyncClient:
+class AsyncClient(BenchmarkCalls):
     """A head's API, for asyncio. Use it in `async with`, or call `aclose` at the end."""
 
     def __init__(
@@ -120,29 +120,11 @@ class AsyncClient:
         The file appears under its name once it is whole and on the disk; `disk_full` when it does not fit there.
         progress: called with the bytes so far.
         """
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.part")
-        done = 0
-        try:
-            file = await asyncio.to_thread(_open_private, partial)
-            try:
-                async with self._http.stream(
-                    "GET",
-                    f"{PREFIX}/backup",
-                    idle_timeout_s=BACKUP_IDLE_S,
-                    expect=lambda size: _check_room(target, size),
-                ) as pieces:
-                    async for piece in pieces:
-                        done += await asyncio.to_thread(file.write, piece)
-                        if progress:
-                            progress(done)
-                await asyncio.to_thread(_sync, file)
-            finally:
-                await asyncio.to_thread(file.close)
-            await asyncio.to_thread(partial.replace, target)
-        finally:
-            partial.unlink(missing_ok=True)
-        return done
+        return await write_whole(
+            Path(path),
+            lambda expect: self._http.stream("GET", f"{PREFIX}/backup", idle_timeout_s=BACKUP_IDLE_S, expect=expect),
+            progress=progress,
+        )
 
     # models
     def models(self, *, type: types.ModelType | None = None, search: str = "") -> Listing[types.ModelView]:
@@ -567,22 +549,3 @@ def succeeded(job: types.JobView) -> types.JobView:
     if job.status == "cancelled":
         raise HerderJobError("cancelled", f"{job.id} was cancelled", job)
     raise HerderJobError(code, f"{job.id} {job.status}: {place}{reason}", job, hint=error.hint if error else "")
-
-
-def _open_private(path: Path) -> BinaryIO:
-    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")
-
-
-def _check_room(target: Path, size: int) -> None:
-    free = shutil.disk_usage(target.absolute().parent).free
-    if size > free:
-        raise HerderError(
-            "disk_full",
-            f"the backup has {size} bytes and {target.absolute().parent} has {free} free",
-            hint="choose another place, or make room",
-        )
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

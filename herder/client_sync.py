@@ -210,6 +210,19 @@ class Client:
         assert last is not None
         return succeeded(last)
 
+    benchmarks = _list(AsyncClient.benchmarks)
+    benchmark = _call(AsyncClient.benchmark)
+    create_benchmark = _call(AsyncClient.create_benchmark)
+    cancel_benchmark = _call(AsyncClient.cancel_benchmark)
+    delete_benchmark = _call(AsyncClient.delete_benchmark)
+    watch_benchmark = _iterate(AsyncClient.watch_benchmark)
+    live_benchmark = _iterate(AsyncClient.live_benchmark)
+    benchmark_report = _call(AsyncClient.benchmark_report)
+    benchmark_files = _call(AsyncClient.benchmark_files)
+    download_benchmark_file = _call(AsyncClient.download_benchmark_file)
+    benchmark_recipes = _list(AsyncClient.benchmark_recipes)
+    benchmark_recipe = _call(AsyncClient.benchmark_recipe)
+
     events = _iterate(AsyncClient.events)
     story = _list(AsyncClient.story)
     why = _call(AsyncClient.why)

@@ -12,7 +12,7 @@ import msgspec
 
 from herder.errors import HerderApiError, HerderConnectionError, HerderError, HerderTimeoutError
 from herder.transport import PREFIX, RETRIED_STATUSES, Transport, segment
-from herder.types import Event, JobView, ServiceView
+from herder.types import BenchmarkTick, BenchmarkView, Event, JobView, ServiceView
 
 LINE_BYTES = 4_194_304
 RECONNECT_BASE_S = 0.25
@@ -160,6 +160,56 @@ def watch_service(transport: Transport, name: str, *, timeout_s: float | None) -
         ),
         timeout_s=timeout_s,
     )
+
+
+def watch_benchmark(
+    transport: Transport, benchmark_id: str, *, timeout_s: float | None
+) -> AsyncGenerator[BenchmarkView, None]:
+    """The benchmark's view now and whenever it differs, until it has ended. See `_watch`."""
+    return _watch(
+        transport,
+        f"/benchmarks/{segment(benchmark_id)}",
+        BenchmarkView,
+        news=("benchmark", benchmark_id),
+        is_done=lambda benchmark: benchmark.status in ENDED,
+        late=lambda benchmark: HerderTimeoutError(
+            "timed_out",
+            f"{benchmark_id} is still {benchmark.status} after {timeout_s:g} s; it runs on",
+            hint=f"`herder benchmarks show {benchmark_id}` looks again",
+        ),
+        timeout_s=timeout_s,
+    )
+
+
+async def live_benchmark(transport: Transport, benchmark_id: str) -> AsyncGenerator[BenchmarkTick, None]:
+    """Seconds of a benchmark until it has ended; a broken connection is taken up again, what was in between is lost.
+
+    Raises: HerderApiError when refused; HerderConnectionError when the head stays away for UNREACHABLE_S.
+    """
+    rng, failures, since = random.Random(), 0, 0.0
+    loop = asyncio.get_running_loop()
+    path = f"{PREFIX}/benchmarks/{segment(benchmark_id)}/live"
+    while True:
+        try:
+            async with transport.stream("GET", path) as pieces:
+                async for name, data in messages(pieces):
+                    failures = 0
+                    if name == "end":
+                        return
+                    yield _tick(data)
+        except HerderError as error:
+            since = since if failures else loop.time()
+            if not is_passing(error) or loop.time() - since > UNREACHABLE_S:
+                raise
+        failures += 1
+        await asyncio.sleep(rng.uniform(0.05, min(RECONNECT_CAP_S, RECONNECT_BASE_S * 2 ** min(failures, 8))))
+
+
+def _tick(data: str) -> BenchmarkTick:
+    try:
+        return msgspec.json.decode(data, type=BenchmarkTick)
+    except msgspec.DecodeError as error:
+        raise HerderApiError("unexpected_answer", f"a second of a benchmark cannot be read: {error}") from None
 
 
 async def _watch(
