@@ -120,7 +120,9 @@ async def test_killed_mover_comes_back(tmp_path: Path) -> None:
         (mover,) = [p for p in procs.processes() if p.parent == process.pid and _is_mover(p.pid)]
         os.kill(mover.pid, signal.SIGKILL)
         await n.head.command(ensure_copy(n.models), 1, DISK)
-        await n.done(DISK, 1)
+        assert (await n.done(DISK, 1)).outcome == "ok"
+        (now,) = [p for p in procs.processes() if p.parent == process.pid and _is_mover(p.pid)]
+        assert now.pid != mover.pid
 
 
 def _is_mover(pid: int) -> bool:

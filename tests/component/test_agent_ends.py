@@ -68,6 +68,7 @@ async def test_mover_in_the_middle_of_a_fetch_ends_too(tmp_path: Path) -> None:
         process.kill()
         await n.wait_ended(process)
         await until(lambda: not is_alive(mover), "the mover's end")
+        assert not n.head.of(wire.Result)  # it did not end because it was through
 
 
 async def test_sessions_of_what_outlives_the_agent(tmp_path: Path) -> None:

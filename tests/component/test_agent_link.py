@@ -164,6 +164,7 @@ async def test_garbage_ends_the_session() -> None:
     async with WsHead() as head, running(Owner(head.url)) as owner:
         head.first_frame = b'{"kind":"welcome","body":{"proto":"x"}}'
         await until(lambda: "cannot be read" in owner.link.last_error, "the complaint")
+        assert owner.events == []
 
 
 async def test_newer_protocol_is_refused() -> None:

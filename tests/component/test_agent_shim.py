@@ -276,6 +276,7 @@ def test_engine_dies_with_its_shim_when_it_must_not_outlive_the_lease(run: Run) 
     identity = run.identity()
     os.kill(run.pid, signal.SIGKILL)
     until(lambda: not procs.is_running(identity["pid"], identity["ticks"]), "the engine's end")
+    assert not (run.directory / "exit.json").exists()  # nobody was left who could have written it
 
 
 def test_without_stop_after_the_engine_runs_on(run: Run) -> None:

@@ -155,6 +155,7 @@ def test_session_over_tls_without_client_certificates(pair: Pair, good: Authorit
     pair.head(good.sign("head"))
     said = pair.agent(of(good))
     wait_for(lambda: "session open" in said.read_text(), "a session")
+    assert "not encrypted" not in said.read_text()
 
 
 def test_head_of_another_ca(pair: Pair, good: Authority, other: Authority) -> None:

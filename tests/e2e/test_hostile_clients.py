@@ -183,7 +183,8 @@ def test_aborted_streams(cluster: Cluster) -> None:
             else:
                 writer.write(data)
                 if kind > 0.5:
-                    for _ in range(rng.randrange(1, 8)):
+                    assert b" 200 " in await asyncio.wait_for(reader.readline(), 20)
+                    for _ in range(rng.randrange(7)):
                         await asyncio.wait_for(reader.readline(), 20)
             if rng.random() < 0.5:
                 writer.transport.abort()

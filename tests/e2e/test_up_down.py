@@ -168,6 +168,7 @@ def test_stop_engines_leaves_no_process(site: Site, is_detached: bool) -> None:
     with site.start("up", *PORTS, "--node-id", "n1", *(["--detach"] if is_detached else [])) as up:
         read_until(up, "herder chat")
         _down_leaves_nothing(site)
+        assert not site.processes()
 
 
 def _down_leaves_nothing(site: Site) -> None:

@@ -68,7 +68,8 @@ def test_any_text_is_answered_or_refused(text: str) -> None:
 def test_every_example_works() -> None:
     """What the refusal suggests is understood, and applies."""
     for example in EXAMPLES:
-        apply_scenario(LAYOUT, parse_scenario(example))
+        layout, device = apply_scenario(LAYOUT, parse_scenario(example))
+        assert layout != LAYOUT or device, example
 
 
 def test_a_scenario_changes_what_it_says_and_nothing_else() -> None:
