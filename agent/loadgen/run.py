@@ -1,8 +1,9 @@
 """A run on this machine: processes forked from one that has prepared everything, armed, started together, merged.
 
 The caller must be a process of one thread. Each worker opens its connections and says that it is ready; when all are,
-the common start is set a moment ahead on CLOCK_MONOTONIC, which they share. A worker that dies leaves a gap that is
-told, not filled. A worker whose parent dies cancels what it does.
+the common start is set ahead on CLOCK_MONOTONIC, which they share: a moment ahead by `run`, at a given time by who
+drives a `Crew` itself. A worker that dies leaves a gap that is told, not filled. A worker whose parent dies cancels
+what it does.
 """
 
 from __future__ import annotations
@@ -44,6 +45,105 @@ class _Worker:
     records: Records | None = None
 
 
+class Crew:
+    """The processes of a run, forked when it is made: `arm`, `start`, `finish`, and `close` whatever happened."""
+
+    def __init__(
+        self,
+        shares: Sequence[Share],
+        *,
+        count_tokens: Callable[[str], int] | None = None,
+        on_tick: Callable[[int, Tick], None] | None = None,
+    ) -> None:
+        assert shares
+        assert threading.active_count() >= 1
+        self.outcome = Outcome(Records())
+        self.started_ns = 0
+        self._on_tick = on_tick
+        self._stops = 0
+        self._workers: list[_Worker] = []
+        for share in shares:
+            self._workers.append(_fork(share, count_tokens, self._workers))
+
+    @property
+    def lost(self) -> int:
+        """How many processes have ended without a word about what they measured."""
+        return sum(worker.is_over and worker.records is None for worker in self._workers)
+
+    def arm(self, limit_s: float = READY_S) -> None:
+        """Waits until each has opened its connections, or has ended. Raises: TimeoutError."""
+        deadline = time.monotonic() + limit_s
+        while not all(worker.is_ready or worker.is_over for worker in self._workers):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the load generator's processes did not get ready")
+            self.hear(0.5)
+
+    def start(self, at_ns: int) -> None:
+        """Sets the common start, on CLOCK_MONOTONIC."""
+        self.started_ns = at_ns
+        self.outcome.start_wall_s = time.time() + (at_ns - time.monotonic_ns()) / NS
+        self._tell(_GO + _START.pack(at_ns))
+
+    def stop(self) -> None:
+        """At first nothing more is sent and answers are awaited; the second time those are cancelled too."""
+        self._stops += 1
+        outcome = self.outcome
+        outcome.is_interrupted = True
+        if outcome.stopped_ns is None and self.started_ns:
+            outcome.stopped_ns = max(0, time.monotonic_ns() - self.started_ns)
+        self._tell(_STOP if self._stops == 1 else _CANCEL)
+        if self._stops > 2:
+            for worker in self._workers:
+                _kill(worker)
+
+    def finish(self, on_turn: Callable[[], None] | None = None) -> Outcome:
+        """Listens until all have ended; gives what was measured. on_turn: called twice a second and more often."""
+        while not all(worker.is_over for worker in self._workers):
+            self.hear(0.5)
+            if on_turn is not None:
+                on_turn()
+        outcome = self.outcome
+        outcome.wall_s = max(0.0, (time.monotonic_ns() - self.started_ns) / NS)
+        for worker in self._workers:
+            if worker.records is None:
+                outcome.lost_workers += 1
+            else:
+                outcome.records.merge(worker.records)
+        return outcome
+
+    def hear(self, limit_s: float) -> None:
+        """Takes what they say next; returns after `limit_s` at the latest."""
+        poll = select.poll()
+        by_fd = {worker.result_fd: (number, worker) for number, worker in enumerate(self._workers)}
+        for fd, (_, worker) in by_fd.items():
+            if not worker.is_over:
+                poll.register(fd, select.POLLIN)
+        for fd, _ in poll.poll(limit_s * 1000):
+            number, worker = by_fd[fd]
+            data = os.read(fd, 1 << 20)
+            if not data:
+                worker.is_over = True
+                continue
+            worker.buffer += data
+            for message in _messages(worker.buffer):
+                _take(number, worker, message, self._on_tick, self.outcome)
+
+    def close(self) -> None:
+        """Ends and collects every process."""
+        for worker in self._workers:
+            if not worker.is_over:
+                _kill(worker)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(worker.pid, 0)
+            os.close(worker.control_fd)
+            os.close(worker.result_fd)
+
+    def _tell(self, message: bytes) -> None:
+        for worker in self._workers:
+            with contextlib.suppress(BrokenPipeError):
+                os.write(worker.control_fd, message)
+
+
 def run(
     shares: Sequence[Share],
     *,
@@ -53,59 +153,25 @@ def run(
 ) -> Outcome:
     """Runs the shares, one process each. The first SIGINT or SIGTERM stops sending and lets answers end, the second
     cancels them. Returns what was measured, also then."""
-    assert shares
-    assert threading.active_count() >= 1
-    outcome = Outcome(Records())
-    workers: list[_Worker] = []
-    for share in shares:
-        workers.append(_fork(share, count_tokens, workers))
-    signals = 0
-    started_ns = 0
-
-    def on_signal(number: int, frame: Any) -> None:
-        nonlocal signals
-        signals += 1
-        outcome.is_interrupted = True
-        if outcome.stopped_ns is None and started_ns:
-            outcome.stopped_ns = max(0, time.monotonic_ns() - started_ns)
-        _tell(workers, _STOP if signals == 1 else _CANCEL)
-        if signals > 2:
-            for worker in workers:
-                _kill(worker)
-
+    crew = Crew(shares, count_tokens=count_tokens, on_tick=on_tick)
     try:
-        with _signals(on_signal):
-            _pump(workers, lambda: all(w.is_ready or w.is_over for w in workers), on_tick, outcome, READY_S)
-            started_ns = time.monotonic_ns() + LEAD_NS
-            outcome.start_wall_s = time.time() + LEAD_NS / NS
-            _tell(workers, _GO + _START.pack(started_ns))
+        with on_signals(crew.stop):
+            crew.arm()
+            crew.start(time.monotonic_ns() + LEAD_NS)
             if on_start is not None:
                 on_start()
-            _pump(workers, lambda: all(w.is_over for w in workers), on_tick, outcome, None)
-            outcome.wall_s = max(0.0, (time.monotonic_ns() - started_ns) / NS)
+            return crew.finish()
     finally:
-        for worker in workers:
-            if not worker.is_over:
-                _kill(worker)
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(worker.pid, 0)
-            os.close(worker.control_fd)
-            os.close(worker.result_fd)
-    for worker in workers:
-        if worker.records is None:
-            outcome.lost_workers += 1
-        else:
-            outcome.records.merge(worker.records)
-    return outcome
+        crew.close()
 
 
 @contextlib.contextmanager
-def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """The handler for SIGINT and SIGTERM, in a main thread; elsewhere nobody would call it."""
+def on_signals(work: Callable[[], None]) -> Iterator[None]:
+    """Does it at SIGINT and SIGTERM, in a main thread; elsewhere nobody would call it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, lambda _, __: work()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
@@ -113,43 +179,9 @@ def _signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def _tell(workers: Sequence[_Worker], message: bytes) -> None:
-    for worker in workers:
-        with contextlib.suppress(BrokenPipeError):
-            os.write(worker.control_fd, message)
-
-
 def _kill(worker: _Worker) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(worker.pid, signal.SIGKILL)
-
-
-def _pump(
-    workers: Sequence[_Worker],
-    is_done: Callable[[], bool],
-    on_tick: Callable[[int, Tick], None] | None,
-    outcome: Outcome,
-    limit_s: float | None,
-) -> None:
-    """Reads what workers say until something holds."""
-    deadline = None if limit_s is None else time.monotonic() + limit_s
-    poll = select.poll()
-    by_fd = {worker.result_fd: (number, worker) for number, worker in enumerate(workers) if not worker.is_over}
-    for fd in by_fd:
-        poll.register(fd, select.POLLIN)
-    while not is_done():
-        if deadline is not None and time.monotonic() > deadline:
-            raise TimeoutError("the load generator's processes did not get ready")
-        for fd, _ in poll.poll(500):
-            number, worker = by_fd[fd]
-            data = os.read(fd, 1 << 20)
-            if not data:
-                worker.is_over = True
-                poll.unregister(fd)
-                continue
-            worker.buffer += data
-            for message in _messages(worker.buffer):
-                _take(number, worker, message, on_tick, outcome)
 
 
 def _messages(buffer: bytearray) -> Iterator[dict[str, Any]]:
