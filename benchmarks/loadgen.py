@@ -34,6 +34,7 @@ import aiohttp
 import uvloop
 
 from agent.loadgen.apis import APIS, Answer, read_openai_event
+from agent.loadgen.connection import Endpoint
 from agent.loadgen.engine import Share
 from agent.loadgen.run import run
 from agent.loadgen.workload import Item
@@ -75,7 +76,9 @@ def share_of(port: int, tokens: int, **more: Any) -> Share:
     body = body_of(tokens)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
     wire = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
-    base = Share(APIS["chat"], socket.AF_INET, ("127.0.0.1", port), "127.0.0.1", None, (Item(wire, 0, 100, tokens),))
+    base = Share(
+        APIS["chat"], (Endpoint(socket.AF_INET, ("127.0.0.1", port), "127.0.0.1"),), (Item(wire, 0, 100, tokens),)
+    )
     return replace(base, **more)
 
 

@@ -11,6 +11,7 @@ import select
 import socket
 import ssl
 import time
+from dataclasses import dataclass
 from typing import Protocol
 
 from agent.loadgen.apis import Answer, Api
@@ -37,6 +38,7 @@ class Call:
         "body",
         "bytes",
         "connect",
+        "endpoint",
         "events",
         "first_output",
         "heard",
@@ -52,8 +54,11 @@ class Call:
         "turn",
     )
 
-    def __init__(self, index: int, item: Item, turn: int, scheduled: int, slot: int, keeps_text: bool) -> None:
+    def __init__(
+        self, index: int, item: Item, turn: int, scheduled: int, slot: int, keeps_text: bool, endpoint: int = 0
+    ) -> None:
         self.index, self.item, self.turn, self.scheduled, self.slot = index, item, turn, scheduled, slot
+        self.endpoint = endpoint
         self.acted = self.sent = self.first_output = -1
         self.is_retried = False
         self.restart(keeps_text)
@@ -67,6 +72,18 @@ class Call:
         self.marks: list[int] = []
         self.bytes = self.connect = self.heard = 0
         self.is_reused = False
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One server that requests can go to."""
+
+    family: int
+    address: tuple[str, int]
+    host: str
+    tls: ssl.SSLContext | None = None
+    opening: bytes = b""
+    """The first lines of a request to it."""
 
 
 class Owner(Protocol):
@@ -99,6 +116,7 @@ class Connection:
         "_tls",
         "began",
         "call",
+        "endpoint",
         "fd",
         "is_open",
         "owner",
@@ -107,11 +125,9 @@ class Connection:
         "took",
     )
 
-    def __init__(
-        self, owner: Owner, family: int, address: tuple[str, int], tls: ssl.SSLContext | None, name: str
-    ) -> None:
-        """Begins to connect. Raises: OSError."""
-        self.owner = owner
+    def __init__(self, owner: Owner, there: Endpoint, endpoint: int = 0) -> None:
+        """Begins to connect. endpoint: its number, for the owner. Raises: OSError."""
+        self.owner, self.endpoint = owner, endpoint
         self.call: Call | None = None
         self.reader = AnswerReader()
         self.is_open = False
@@ -119,14 +135,14 @@ class Connection:
         self._out: memoryview | None = None
         self._is_connecting = True
         self._bios = (ssl.MemoryBIO(), ssl.MemoryBIO())
-        self._tls = None if tls is None else tls.wrap_bio(*self._bios, server_hostname=name)
-        self.sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        self._tls = None if there.tls is None else there.tls.wrap_bio(*self._bios, server_hostname=there.host)
+        self.sock = socket.socket(there.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         self.fd = self.sock.fileno()
         try:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
             self.began = _monotonic_ns()
-            code = self.sock.connect_ex(address)
+            code = self.sock.connect_ex(there.address)
             if code not in (0, errno.EINPROGRESS):
                 raise OSError(code, errno.errorcode.get(code, "connect"))
             owner.epoll.register(self.fd, _IN | _OUT)
@@ -134,7 +150,7 @@ class Connection:
             self.sock.close()
             raise
 
-    def send(self, call: Call) -> None:
+    def send(self, call: Call, wire: bytes) -> None:
         """Sends a request; the connection must be open and idle."""
         assert self.is_open
         assert self.call is None
@@ -142,10 +158,10 @@ class Connection:
         self.reader.reset()
         if self._tls is not None:
             call.sent = _monotonic_ns()
-            self._tls.write(call.item.wire)
+            self._tls.write(wire)
             self._flush_tls()
             return
-        self._write(memoryview(call.item.wire))
+        self._write(memoryview(wire))
 
     def close(self) -> None:
         """Closes at once, whatever is on the way."""

@@ -8,9 +8,7 @@ was free. Turns of a conversation follow the answer of the turn before in both.
 from __future__ import annotations
 
 import heapq
-import random
 import select
-import ssl
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -18,8 +16,9 @@ from dataclasses import dataclass, field
 
 from agent.loadgen.apis import Api
 from agent.loadgen.clocks import Stamps, Timer
-from agent.loadgen.connection import _OWN_LIMITS, Call, Connection
+from agent.loadgen.connection import _OWN_LIMITS, Call, Connection, Endpoint
 from agent.loadgen.judge import row_of
+from agent.loadgen.spread import Choose, only
 from agent.loadgen.workload import Item
 from common.bench.histogram import Histogram
 from common.bench.records import Records
@@ -54,11 +53,11 @@ class Share:
     """What one process is to do. Times are nanoseconds after the common start."""
 
     api: Api
-    family: int
-    address: tuple[str, int]
-    host: str
-    tls: ssl.SSLContext | None
+    endpoints: Sequence[Endpoint]
     items: Sequence[Item]
+    """Written for the first endpoint; for others their first lines are changed as they are sent."""
+    choose: Choose = only
+    """The endpoint of a conversation."""
     indices: range = field(default_factory=lambda: range(0))
     times_ns: array[int] = field(default_factory=lambda: array("q"))
     slots: int = 0
@@ -78,7 +77,6 @@ class Share:
     connections: int = 0
     """Opened before the start."""
     limits: Limits = field(default_factory=Limits)
-    seed: int = 0
     keeps_text: bool = False
 
 
@@ -124,18 +122,21 @@ class Engine:
         self._count_tokens, self._on_control, self._on_tick = count_tokens, on_control, on_tick
         self._control_fd = control_fd
         self._by_fd: dict[int, Connection] = {}
-        self._idle: list[Connection] = []
+        self._idle: list[list[Connection]] = [[] for _ in share.endpoints]
+        first = share.endpoints[0].opening
+        self._openings = [there.opening if there.opening != first else b"" for there in share.endpoints]
+        self._cut = len(first)
         self._waiting: dict[Connection, Call] = {}
-        self._due: list[tuple[int, int, Item, int, int, int]] = []  # (when, order, item, index, turn, slot)
+        # (when, order, item, index, turn, slot, endpoint)
+        self._due: list[tuple[int, int, Item, int, int, int, int]] = []
         self._next = 0  # of the schedule
         self._order = 0
-        self._taken = 0  # closed loop: conversations begun
+        self._taken = 0  # closed loop: conversations begun or put on the schedule
         self._armed_ns = -1
         self._next_ns = _FAR_NS  # the next intended send, so that most turns of the loop need no look at the schedule
         self._is_held = False
         self._last_send_ns = 0
         self._ticked = Tick()
-        self._rng = random.Random(share.seed)
         self.epoll.register(self.timer.fd, select.EPOLLIN)
         if control_fd is not None:
             self.epoll.register(control_fd, select.EPOLLIN)
@@ -143,12 +144,14 @@ class Engine:
     # before and after the run
     def open_connections(self) -> None:
         """Opens the connections that are wanted before the start; what cannot be opened shows in the run."""
-        for _ in range(self.share.connections):
+        share = self.share
+        for number in range(share.connections):
+            index = share.indices[number] if number < len(share.indices) else share.slots_before + number
             try:
-                self._connect()
+                self._connect(share.choose(index, number))
             except OSError:
                 break
-        deadline = _monotonic_ns() + int(self.share.limits.connect_s * NS)
+        deadline = _monotonic_ns() + int(share.limits.connect_s * NS)
         while any(not c.is_open for c in self._by_fd.values()) and _monotonic_ns() < deadline and not self.is_stopping:
             self._turn(0.05)
 
@@ -260,12 +263,13 @@ class Engine:
         # Processes take turns in the items, as slots would in one process.
         index = share.slots_before + (self._taken // max(1, share.slots)) * share.slots_in_all
         index += self._taken % max(1, share.slots)
+        endpoint = share.choose(index, self._taken)
         self._taken += 1
-        self._add_due(when_ns, share.items[index % len(share.items)], index, 0, slot)
+        self._add_due(when_ns, share.items[index % len(share.items)], index, 0, slot, endpoint)
 
-    def _add_due(self, when_ns: int, item: Item, index: int, turn: int, slot: int) -> None:
+    def _add_due(self, when_ns: int, item: Item, index: int, turn: int, slot: int, endpoint: int) -> None:
         self._order += 1
-        heapq.heappush(self._due, (when_ns, self._order, item, index, turn, slot))
+        heapq.heappush(self._due, (when_ns, self._order, item, index, turn, slot, endpoint))
         if when_ns < self._next_ns and not self._is_held:
             self._next_ns = when_ns
 
@@ -281,11 +285,12 @@ class Engine:
                 return
             index = share.indices[self._next]
             scheduled = self.start_ns + times[self._next]
+            endpoint = share.choose(index, self._next)
             self._next += 1
-            self._dispatch(Call(index, items[index % len(items)], 0, scheduled, -1, share.keeps_text))
+            self._dispatch(Call(index, items[index % len(items)], 0, scheduled, -1, share.keeps_text, endpoint))
         while self._due and self._due[0][0] <= now:
-            when, _, item, index, turn, slot = heapq.heappop(self._due)
-            self._dispatch(Call(index, item, turn, when, slot, share.keeps_text))
+            when, _, item, index, turn, slot, endpoint = heapq.heappop(self._due)
+            self._dispatch(Call(index, item, turn, when, slot, share.keeps_text, endpoint))
         self._look_ahead()
 
     def _dispatch(self, call: Call) -> None:
@@ -294,16 +299,16 @@ class Engine:
             call.acted = now
             self._ticked.sent += 1
             self._last_send_ns = now
-        idle = self._idle
+        idle = self._idle[call.endpoint]
         while idle and not call.is_retried:
             connection = idle.pop()
             if connection.is_open and connection.call is None:
                 call.is_reused = True
                 self.live[call] = connection
-                connection.send(call)
+                self._send(connection, call)
                 return
         try:
-            connection = self._connect()
+            connection = self._connect(call.endpoint)
         except OSError as error:
             outcome = "no_socket" if error.errno in _OWN_LIMITS else "connect"
             self._end(call, outcome, 0, error.strerror or str(error), now)
@@ -311,9 +316,12 @@ class Engine:
         self._waiting[connection] = call
         self.live[call] = connection
 
-    def _connect(self) -> Connection:
-        share = self.share
-        connection = Connection(self, share.family, share.address, share.tls, share.host)
+    def _send(self, connection: Connection, call: Call) -> None:
+        wire, opening = call.item.wire, self._openings[call.endpoint]
+        connection.send(call, b"".join((opening, memoryview(wire)[self._cut :])) if opening else wire)
+
+    def _connect(self, endpoint: int) -> Connection:
+        connection = Connection(self, self.share.endpoints[endpoint], endpoint)
         self._by_fd[connection.fd] = connection
         self.records.count("connections")
         return connection
@@ -323,15 +331,15 @@ class Engine:
         """A connection can be used."""
         call = self._waiting.pop(connection, None)
         if call is None:
-            self._idle.append(connection)
+            self._idle[connection.endpoint].append(connection)
             return
         call.connect = connection.took
-        connection.send(call)
+        self._send(connection, call)
 
     def answered(self, connection: Connection, call: Call, at_ns: int) -> None:
         """An answer is over."""
         if connection.is_open:
-            self._idle.append(connection)
+            self._idle[connection.endpoint].append(connection)
         else:
             self._forget(connection)
         self._end(call, None, connection.reader.status, "", at_ns)
@@ -355,8 +363,9 @@ class Engine:
     def _forget(self, connection: Connection) -> None:
         if self._by_fd.get(connection.fd) is connection:
             del self._by_fd[connection.fd]
-        if not connection.is_open and connection in self._idle:
-            self._idle.remove(connection)
+        idle = self._idle[connection.endpoint]
+        if not connection.is_open and connection in idle:
+            idle.remove(connection)
 
     def _end(self, call: Call, outcome: str | None, status: int, said: str, at_ns: int) -> None:
         """A request is over: its row is kept, and what follows it is put on the schedule."""
@@ -379,9 +388,8 @@ class Engine:
         now = _monotonic_ns()
         follow = call.item.follow
         if follow is not None and is_good:
-            self._add_due(
-                max(at_ns, 0) + int(self.share.turn_think_s * NS), follow, call.index, call.turn + 1, call.slot
-            )
+            when = max(at_ns, 0) + int(self.share.turn_think_s * NS)
+            self._add_due(when, follow, call.index, call.turn + 1, call.slot, call.endpoint)
         elif call.slot >= 0:
             think = int(self.share.think_s * NS) if is_good else max(int(self.share.think_s * NS), FAILED_SLOT_NS)
             self._next_of_slot(call.slot, (at_ns if is_good else now) + think)

@@ -61,6 +61,7 @@ def row_of(engine: Engine, call: Call, outcome: str | None, status: int, said: s
             status,
             call.bytes,
             source,
+            call.endpoint,
         )
     )
     return is_good

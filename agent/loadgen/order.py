@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agent.loadgen import datasets, traces
+from agent.loadgen.connection import Endpoint
 from agent.loadgen.engine import NS, Limits, Share, Tick
 from agent.loadgen.run import run
+from agent.loadgen.spread import SPREADS, chooser
 from agent.loadgen.target import Target, parse_url
 from agent.loadgen.words import Tokenizer, Words
 from agent.loadgen.workload import Style, Workload, api_for, prepare
@@ -23,15 +25,18 @@ from common.bench.spec import LoadSpec
 
 CLOSED_PREPARED = 2_000  # conversations prepared for a closed loop whose number is not known
 MAX_BODY = 64 << 20
+MAX_ENDPOINTS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """Where load goes and with which credentials; never part of a report but for the URL and headers' names."""
+    """Where load goes and with which credentials; never part of a report but for the URLs and headers' names."""
 
-    url: str
+    urls: tuple[str, ...]
+    spread: str = "round-robin"
+    """How requests go to several URLs: one of spread.SPREADS."""
     headers: tuple[str, ...] = ()
-    """Each as `Name: value`."""
+    """Each as `Name: value`; sent to all of them."""
     ca_file: str | None = None
     is_unverified: bool = False
 
@@ -42,7 +47,8 @@ class Order:
 
     spec: LoadSpec
     asked: Asked
-    target: Target
+    targets: tuple[Target, ...]
+    spread: str
     style: Style
     workload: Workload
     schedule: Schedule | None
@@ -65,6 +71,7 @@ class Order:
             made.update(self.schedule.times_ns.tobytes())
         for item in self.workload.items:
             made.update(hashlib.sha256(item.wire).digest())
+        made.update(f"{self.spread} {self.spec.seed} {[target.url for target in self.targets]}".encode())
         return made.hexdigest()
 
 
@@ -79,10 +86,7 @@ def order_of(asked_for: LoadSpec, aim: Aim, *, part: int = 0, parts: int = 1) ->
     api = api_for(scenarios, asked_for.api)
     if not asked_for.model and api.name != "http":
         raise ValueError("model is missing")
-    headers = [_header(text) for text in aim.headers]
-    target = parse_url(
-        aim.url, api, path=asked_for.path, headers=headers, is_unverified=aim.is_unverified, ca_file=aim.ca_file
-    )
+    targets = _targets(aim, api, asked_for.path)
     drawn: Schedule | None = None
     if trace is not None:
         drawn = spec.trace_schedule(asked_for, [arrival.at_s for arrival in trace.arrivals], trace.format)
@@ -95,7 +99,7 @@ def order_of(asked_for: LoadSpec, aim: Aim, *, part: int = 0, parts: int = 1) ->
     workload = prepare(
         scenarios,
         style,
-        target,
+        targets[0],
         Words(lines, tokenizer),
         count=len(drawn.times_ns) if drawn is not None else asked_for.requests or CLOSED_PREPARED,
         seed=asked_for.seed,
@@ -103,8 +107,8 @@ def order_of(asked_for: LoadSpec, aim: Aim, *, part: int = 0, parts: int = 1) ->
         trace=trace.arrivals if trace is not None else None,
     )
     asked = Asked(
-        _plan(asked_for, drawn, target, api.name, [made.text for made in scenarios], workload, trace, dataset)
-        | {"nodes": parts},
+        _plan(asked_for, drawn, targets, api.name, [made.text for made in scenarios], workload, trace, dataset)
+        | {"nodes": parts, "spread": aim.spread if len(targets) > 1 else None},
         asked_for.is_open,
         asked_for.warmup,
         asked_for.until_s,
@@ -115,9 +119,25 @@ def order_of(asked_for: LoadSpec, aim: Aim, *, part: int = 0, parts: int = 1) ->
         prepared=len(workload.items),
         counted_by=workload.counted_by,
         classes=tuple(workload.classes),
+        endpoints=tuple(target.url for target in targets),
     )
     limits = Limits(first_s=asked_for.first_timeout, total_s=asked_for.timeout, drain_s=asked_for.drain)
-    return Order(asked_for, asked, target, style, workload, drawn, limits, tokenizer, part, parts)
+    return Order(asked_for, asked, targets, aim.spread, style, workload, drawn, limits, tokenizer, part, parts)
+
+
+def _targets(aim: Aim, api: Any, path: str | None) -> tuple[Target, ...]:
+    if aim.spread not in SPREADS:
+        raise ValueError(f"spread {aim.spread!r}: one of {', '.join(SPREADS)}")
+    if not 1 <= len(aim.urls) <= MAX_ENDPOINTS:
+        raise ValueError(f"give 1 to {MAX_ENDPOINTS} URLs")
+    headers = [_header(text) for text in aim.headers]
+    targets = [
+        parse_url(url, api, path=path, headers=headers, is_unverified=aim.is_unverified, ca_file=aim.ca_file)
+        for url in aim.urls
+    ]
+    if len({target.url for target in targets}) < len(targets):
+        raise ValueError("a URL is named twice")
+    return tuple(targets)
 
 
 def _header(text: str) -> tuple[str, str]:
@@ -153,7 +173,7 @@ def _style(asked_for: LoadSpec, api: Any) -> Style:
 def _plan(
     asked_for: LoadSpec,
     drawn: Schedule | None,
-    target: Target,
+    targets: Sequence[Target],
     api: str,
     scenarios: list[str],
     workload: Workload,
@@ -176,8 +196,9 @@ def _plan(
         "schedule": drawn.name if drawn is not None else f"closed loop of {asked_for.concurrency}",
         "planned_requests": len(drawn.times_ns) if drawn is not None else asked_for.requests,
         "api": api,
-        "url": f"{'https' if target.is_tls else 'http'}://{target.host}:{target.port}{target.path}",
-        "headers": sorted(name for name, _ in target.headers),
+        "url": ", ".join(target.url for target in targets),
+        "urls": [target.url for target in targets],
+        "headers": sorted(name for name, _ in targets[0].headers),
         "parameters": dict(asked_for.parameters),
         "scenarios": list(scenarios),
         "prepared": len(workload.items),
@@ -197,8 +218,10 @@ def shares_of(order: Order) -> list[Share]:
     """
     asked_for, asked = order.spec, order.asked
     everywhere = asked_for.workers * order.parts
-    family, address = order.target.resolve()
-    tls = order.target.tls()
+    method = order.style.method if order.style.api.name == "http" else "POST"
+    endpoints = [
+        Endpoint(*target.resolve(), target.host, target.tls(), target.opening(method)) for target in order.targets
+    ]
     until_ns = None if asked.until_s is None else int(asked.until_s * NS)
     window = (int(asked.warmup_s * NS), None if until_ns is None else until_ns - int(asked.cooldown_s * NS))
     concurrency, shares = asked_for.concurrency or 0, []
@@ -215,9 +238,11 @@ def shares_of(order: Order) -> list[Share]:
             connections = slots
         shares.append(
             Share(
-                order.style.api, family, address, order.target.host, tls, order.workload.items, indices, times, slots,
+                order.style.api, endpoints, order.workload.items,
+                chooser(order.spread, len(endpoints), seed=asked_for.seed, part=order.part, process=number),
+                indices, times, slots,
                 concurrency * number // everywhere, concurrency, requests, until_ns, asked_for.think,
-                asked_for.turn_think, asked_for.stagger, window, connections, order.limits, asked_for.seed + number,
+                asked_for.turn_think, asked_for.stagger, window, connections, order.limits,
                 order.tokenizer is not None,
             )
         )  # fmt: skip

@@ -44,11 +44,22 @@ class Target:
             context.verify_mode = ssl.CERT_NONE
         return context
 
-    def request(self, method: str, body: bytes, content_type: str = "application/json") -> bytes:
-        """A whole request as it goes over the wire."""
+    @property
+    def url(self) -> str:
+        """For people."""
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self.is_tls else 'http'}://{name}:{self.port}{self.path}"
+
+    def opening(self, method: str) -> bytes:
+        """The first lines of a request: all that differs between servers that are asked the same."""
         name = f"[{self.host}]" if ":" in self.host else self.host
         default = 443 if self.is_tls else 80
-        lines = [f"{method} {self.path} HTTP/1.1", f"Host: {name}" + (f":{self.port}" if self.port != default else "")]
+        host = name + (f":{self.port}" if self.port != default else "")
+        return f"{method} {self.path} HTTP/1.1\r\nHost: {host}\r\n".encode("latin-1")
+
+    def request(self, method: str, body: bytes, content_type: str = "application/json") -> bytes:
+        """A whole request as it goes over the wire."""
+        lines = []
         given = {key.lower() for key, _ in self.headers}
         if "accept" not in given:
             lines.append("Accept: */*")
@@ -59,7 +70,7 @@ class Target:
                 lines.append(f"Content-Type: {content_type}")
             lines.append(f"Content-Length: {len(body)}")
         lines += [f"{key}: {value}" for key, value in self.headers]
-        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+        return self.opening(method) + "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
 def parse_url(

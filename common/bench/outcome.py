@@ -64,6 +64,8 @@ class Asked:
     """Who counted the prompts' tokens: words or tokenizer."""
     classes: tuple[str, ...] = ()
     """Names of the classes of requests, by their number in the records."""
+    endpoints: tuple[str, ...] = ()
+    """The servers that were asked, by their number in the records."""
 
 
 def encode(asked: Asked, outcome: Outcome) -> bytes:
@@ -84,6 +86,7 @@ def encode(asked: Asked, outcome: Outcome) -> bytes:
                 "prepared": asked.prepared,
                 "counted_by": asked.counted_by,
                 "classes": list(asked.classes),
+                "endpoints": list(asked.endpoints),
             },
             "outcome": {
                 "records": outcome.records.to_wire(),
@@ -108,8 +111,9 @@ def decode(data: bytes) -> tuple[Asked, Outcome]:
         due = array("q")
         due.frombytes(asked.pop("due_ns"))
         limits = [Limit(metric, below) for metric, below in asked.pop("limits")]
-        classes = tuple(asked.pop("classes"))
+        classes, endpoints = tuple(asked.pop("classes")), tuple(asked.pop("endpoints", ()))
         records = Records.from_wire(outcome.pop("records"))
-        return Asked(due_ns=due, limits=limits, classes=classes, **asked), Outcome(records, **outcome)
+        made = Asked(due_ns=due, limits=limits, classes=classes, endpoints=endpoints, **asked)
+        return made, Outcome(records, **outcome)
     except (KeyError, TypeError, AttributeError, msgspec.DecodeError) as error:
         raise ValueError(f"not a result file: {type(error).__name__}: {error}") from None

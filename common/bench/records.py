@@ -36,6 +36,7 @@ COLUMNS = (
     "status",
     "bytes",
     "source",  # who counted `output`
+    "endpoint",  # number of the server that was asked
 )
 WIDTH = len(COLUMNS)
 AT = {name: number for number, name in enumerate(COLUMNS)}

@@ -106,6 +106,8 @@ class Report(msgspec.Struct, frozen=True):
     classes: dict[str, dict[str, Any]]
     series: list[Second]
     histograms: dict[str, dict[str, Any]]
+    endpoints: dict[str, dict[str, Any]] = {}
+    """The main figures of each server, where several were asked."""
 
 
 def window_of(asked: Asked, outcome: Outcome) -> tuple[Window, str]:
@@ -207,9 +209,10 @@ def build(asked: Asked, outcome: Outcome) -> Report:
             records.facts.get("coalesced", 0),
             cpu_s * 1e6 / tokens if tokens else None,
         ),
-        classes=_classes(asked, records, window),
+        classes=_parts(asked.classes, "class_id", records, window),
         series=series(records, asked.due_ns),
         histograms=_histograms(records, samples),
+        endpoints=_parts(asked.endpoints, "endpoint", records, window),
     )
 
 
@@ -267,21 +270,19 @@ def _itl_source(records: Records) -> str:
     return names[best] if records.facts.get(best) else "none"
 
 
-def _classes(asked: Asked, records: Records, window: Window) -> dict[str, dict[str, Any]]:
-    """The main figures of each class, where there are several."""
-    names = asked.classes
+def _parts(names: Sequence[str], column: str, records: Records, window: Window) -> dict[str, dict[str, Any]]:
+    """The main figures of each class or endpoint, where there are several."""
     if len(names) < 2:
         return {}
-    width = len(records.column("index"))
-    by_class = records.column("class_id")
+    parts = [Records() for _ in names]
+    rows = records.rows
+    for at, number in enumerate(records.column(column)):
+        parts[number].rows.extend(rows[at * WIDTH : (at + 1) * WIDTH])
     found: dict[str, dict[str, Any]] = {}
-    for class_id, name in enumerate(names):
-        part = Records()
-        for number in range(width):
-            if by_class[number] == class_id:
-                part.rows.extend(records.rows[number * WIDTH : (number + 1) * WIDTH])
+    for name, part in zip(names, parts, strict=True):
         samples = latencies(part, window)
-        found[name] = {"sent": len(part)} | {
+        failed = sum(1 for at, code in part.columns("scheduled", "outcome") if code and window.holds(at))
+        found[name] = {"sent": len(part), "failed": failed} | {
             metric: msgspec.to_builtins(summarize(samples[metric])) for metric in ("ttft", "tpot", "e2e")
         }
     return found
@@ -355,6 +356,9 @@ def detail(records: Records) -> list[dict[str, Any]]:
         for name in times:
             value[f"{name}_ms"] = value[name] / MS if value[name] >= 0 else None
             del value[name]
-        value["outcome"], value["source"] = OUTCOMES[row[COLUMNS.index("outcome")]], SOURCES[row[-1]]
+        value["outcome"], value["source"] = (
+            OUTCOMES[row[COLUMNS.index("outcome")]],
+            SOURCES[row[COLUMNS.index("source")]],
+        )
         made.append(value)
     return made

@@ -21,11 +21,13 @@ EXAMPLES = (
     "herder bench localhost:80 --api embeddings --model m --scenario 'E(512)' --rate 50 --requests 99",
     "herder bench localhost:9000/health --api http --method GET --rate 1000 --duration 9s",
 )
+SPREADS = ("round-robin", "random", "all-to-all", "static")
 ARRIVALS = ("poisson", "constant", "gamma", "ramp", "steps", "spike", "sine", "trace")
 
 
 @verb("bench", examples=EXAMPLES)
-@click.argument("target", metavar="URL")
+@click.argument("targets", nargs=-1, required=True, metavar="URL...")
+@click.option("--spread", default="round-robin", type=click.Choice(SPREADS), help="How requests go to several URLs.")
 @click.option("--model", default="", help="The model's name in requests.")
 @click.option("--api", help="chat, completions, embeddings, rerank, speech, ollama or http; else what scenarios need.")
 @click.option("--rate", type=float, help="Open loop: requests per second, sent whatever came back.")
@@ -73,7 +75,7 @@ ARRIVALS = ("poisson", "constant", "gamma", "ramp", "steps", "spike", "sine", "t
 @click.option("--detail", is_flag=True, help="With every request in the JSON report.")
 @pass_globals
 def command(options: Globals, /, **given: Any) -> int:
-    """Send load to a URL and say what it took.
+    """Send load to a URL, or spread over several, and say what it took.
 
     Open loop (--rate) sends on a schedule that was drawn beforehand; latencies count from the intended time, too.
     Closed loop (--concurrency) sends when an answer has come. A run whose own generator was late is marked invalid and
@@ -83,12 +85,12 @@ def command(options: Globals, /, **given: Any) -> int:
     from common.bench.spec import LoadSpec
     from herder.cli.bench_view import Live, render
 
-    token = _token_for(options, given["target"], given["headers"])
+    token = _token_for_all(options, given["targets"], given["headers"])
     headers = (*given["headers"], f"Authorization: Bearer {token}") if token else given["headers"]
     fields = {name: given[name] for name in LoadSpec.__struct_fields__}
     fields["parameters"] = dict(given["parameters"])
     try:
-        aim = Aim(given["target"], headers, options.ca_file, is_unverified=given["insecure"])
+        aim = Aim(given["targets"], given["spread"], headers, options.ca_file, is_unverified=given["insecure"])
         order: Order = order_of(LoadSpec(**fields), aim)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
@@ -110,6 +112,12 @@ def command(options: Globals, /, **given: Any) -> int:
     if outcome.is_interrupted:
         return output.EXIT_INTERRUPTED
     return output.EXIT_OK if report.is_valid else output.EXIT_FAILED
+
+
+def _token_for_all(options: Globals, urls: tuple[str, ...], headers: tuple[str, ...]) -> str:
+    """The token that may go to every one of the URLs; none where one of them must not have it."""
+    tokens = {_token_for(options, url, headers) for url in urls}
+    return tokens.pop() if len(tokens) == 1 else ""
 
 
 def _token_for(options: Globals, url: str, headers: tuple[str, ...]) -> str:

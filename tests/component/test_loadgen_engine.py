@@ -25,7 +25,7 @@ import pytest
 
 from agent.loadgen.apis import APIS, Api
 from agent.loadgen.clocks import Stamps
-from agent.loadgen.connection import Call, Connection
+from agent.loadgen.connection import Call, Connection, Endpoint
 from agent.loadgen.engine import Engine, Limits, Share
 from agent.loadgen.workload import Item
 from common.bench.records import COLUMNS, OUTCOMES, Records
@@ -36,11 +36,16 @@ ITEM = Item(WIRE, 0, 4, 3)
 QUICK = Limits(connect_s=5, first_s=20, idle_s=20, total_s=20, drain_s=20)
 
 
+def there(server: Server, tls: ssl.SSLContext | None = None, opening: bytes = b"") -> Endpoint:
+    """Where a server is."""
+    return Endpoint(socket.AF_INET, ("127.0.0.1", server.port), "localhost", tls, opening)
+
+
 def share(server: Server, count: int = 1, **given: Any) -> Share:
     """A share of `count` requests that are all due at once."""
     base: dict[str, Any] = {
-        "api": APIS["chat"], "family": socket.AF_INET, "address": ("127.0.0.1", server.port), "host": "localhost",
-        "tls": None, "items": (ITEM,), "indices": range(count), "times_ns": array("q", [0] * count), "limits": QUICK,
+        "api": APIS["chat"], "endpoints": (there(server, given.pop("tls", None)),), "items": (ITEM,),
+        "indices": range(count), "times_ns": array("q", [0] * count), "limits": QUICK,
     }  # fmt: skip
     return Share(**base | given)
 
@@ -271,12 +276,12 @@ def test_the_kernel_stamps_what_is_read_late() -> None:
     go = threading.Event()
     desk = Desk()
     with serving(lambda number: [STREAM, TOKEN, go, TOKEN]) as server:
-        connection = Connection(desk, socket.AF_INET, ("127.0.0.1", server.port), None, "x")
+        connection = Connection(desk, there(server))
         while not desk.is_open:
             for _, mask in desk.epoll.poll(10):
                 connection.on_event(mask)
         call = Call(0, ITEM, 0, 0, -1, keeps_text=False)
-        connection.send(call)
+        connection.send(call, WIRE)
         while not call.stamps:
             for _, mask in desk.epoll.poll(10):
                 connection.on_event(mask)

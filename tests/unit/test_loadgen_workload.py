@@ -309,7 +309,7 @@ def asked(*words: str) -> LoadSpec:
     return LoadSpec(**(fields | {"parameters": dict(given["parameters"])}))
 
 
-AIM = order.Aim("http://127.0.0.1:1")
+AIM = order.Aim(("http://127.0.0.1:1",))
 
 
 @pytest.mark.parametrize(

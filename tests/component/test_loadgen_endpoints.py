@@ -1,0 +1,116 @@
+"""Load spread over several servers: who gets which request, and what the report says of each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from agent.loadgen import order
+from agent.loadgen.spread import SPREADS, chooser
+from common.bench.spec import LoadSpec
+from tests.doubles.scripted_server import Step, serving, stream, whole
+
+
+def test_requests_and_conversations_are_spread() -> None:
+    """Every server gets its share under its own name and path, and both turns of a conversation stay on one."""
+    with serving(lambda number: stream()) as one, serving(lambda number: stream()) as other:
+        urls = (f"http://127.0.0.1:{one.port}", f"http://127.0.0.1:{other.port}/below/v1")
+        asked_for = LoadSpec(model="m", concurrency=3, requests=10, turns=2)
+        made = order.order_of(asked_for, order.Aim(urls))
+        report, outcome = order.perform(made)
+    assert (len(one.requests), len(other.requests)) == (10, 10)
+    assert all(f"Host: 127.0.0.1:{one.port}\r\n".encode() in asked for asked in one.requests)
+    opening = f"POST /below/v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{other.port}\r\n".encode()
+    assert all(asked.startswith(opening) for asked in other.requests)
+    bodies = {asked.partition(b"\r\n\r\n")[2] for asked in one.requests + other.requests}
+    assert bodies == {body.partition(b"\r\n\r\n")[2] for item in made.workload.items[:10] for body in turns(item)}
+    assert {row[1] for row in outcome.records.columns("index", "endpoint") if row[0] % 2 == 0} == {0}
+    assert [report.endpoints[url]["sent"] for url in made.asked.endpoints] == [10, 10]
+    assert one.connections <= 3
+    assert report.is_valid, report.reasons
+
+
+def turns(item: object) -> list[bytes]:
+    """The requests of a conversation."""
+    from agent.loadgen.workload import Item
+
+    found = []
+    while isinstance(item, Item):
+        found.append(item.wire)
+        item = item.follow
+    return found
+
+
+def test_a_server_that_fails_is_told_apart() -> None:
+    """Failures and times are counted for the server that they came from."""
+
+    def broken(number: int) -> list[Step]:
+        return whole(b"", "503 Service Unavailable")
+
+    with serving(lambda number: stream()) as one, serving(broken) as other:
+        words = [
+            f"127.0.0.1:{one.port}",
+            f"127.0.0.1:{other.port}",
+            "--model",
+            "m",
+            "--rate",
+            "200",
+            "--requests",
+            "40",
+        ]
+        command = [sys.executable, "-c", "from herder.cli.main import main; main()", "bench", *words, "-o", "json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    report = json.loads(done.stdout)
+    good, bad = (report["endpoints"][url] for url in report["plan"]["urls"])
+    assert (good["sent"], good["failed"], good["e2e"]["count"]) == (20, 0, 20)
+    assert (bad["sent"], bad["failed"], bad["e2e"]["count"]) == (20, 20, 0)
+    assert report["plan"]["spread"] == "round-robin"
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_spreads(spread: str) -> None:
+    """Each is even over a run of four processes on two nodes, in its own way."""
+    count, processes = 6_000, 4
+    found: Counter[int] = Counter()
+    by_process = []
+    for process in range(processes):
+        choose = chooser(spread, 3, seed=5, part=process // 2, process=process)
+        mine = [choose(index, begun) for begun, index in enumerate(range(process, count, processes))]
+        by_process.append(mine)
+        found.update(mine)
+    if spread == "static":
+        assert [set(mine) for mine in by_process] == [{0}, {0}, {1}, {1}]
+        return
+    assert set(found) == {0, 1, 2}
+    assert all(number == pytest.approx(2_000, abs=150 if spread == "random" else 0) for number in found.values())
+    if spread == "all-to-all":
+        assert [mine[:4] for mine in by_process] == [[0, 1, 2, 0], [1, 2, 0, 1], [2, 0, 1, 2], [0, 1, 2, 0]]
+
+
+@pytest.mark.parametrize(
+    ("aim", "said"),
+    [
+        (order.Aim(("http://a", "http://a:80/v1")), "twice"),
+        (order.Aim(("http://a",), "elsewhere"), "round-robin"),
+        (order.Aim(()), "URLs"),
+    ],
+)
+def test_aims_that_make_no_sense(aim: order.Aim, said: str) -> None:
+    """Refused with what to change."""
+    with pytest.raises(ValueError, match=said):
+        order.order_of(LoadSpec(model="m", concurrency=1, requests=1), aim)
+
+
+def test_parts_agree_on_where_requests_go() -> None:
+    """The digest holds the servers and the way of spreading."""
+    asked_for = LoadSpec(model="m", rate=5, requests=5)
+    digests = {
+        order.order_of(asked_for, order.Aim(urls, spread)).digest
+        for urls in (("http://a", "http://b"), ("http://a", "http://c"))
+        for spread in ("random", "all-to-all")
+    }
+    assert len(digests) == 4
