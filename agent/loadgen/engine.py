@@ -20,7 +20,7 @@ from agent.loadgen.connection import _OWN_LIMITS, Call, Connection, Endpoint
 from agent.loadgen.judge import row_of
 from agent.loadgen.spread import Choose, only
 from agent.loadgen.workload import Item
-from common.bench.histogram import Histogram
+from common.bench.histogram import Histogram, bucket_of
 from common.bench.records import Records
 
 NS = 1_000_000_000
@@ -91,6 +91,12 @@ class Tick:
     in_flight: int = 0
     tokens: int = 0
     ttft_ns: list[int] = field(default_factory=list)
+    measured: int = 0
+    """Those of `done` that were due in the measured window."""
+    measured_failed: int = 0
+    e2e: dict[int, int] = field(default_factory=dict)
+    """Their good answers' latencies: counts by bucket of a Histogram."""
+    e2e_sum_ns: int = 0
 
 
 class Engine:
@@ -381,6 +387,8 @@ class Engine:
             tick.tokens += len(call.stamps)
             if len(tick.ttft_ns) < MAX_TICK_SAMPLES:
                 tick.ttft_ns.append(call.stamps[0] - call.sent)
+        if self._on_tick is not None:
+            self._measure(tick, call, is_good, at_ns)
         if self.is_stopping:
             return
         if self._is_held:
@@ -393,6 +401,20 @@ class Engine:
         elif call.slot >= 0:
             think = int(self.share.think_s * NS) if is_good else max(int(self.share.think_s * NS), FAILED_SLOT_NS)
             self._next_of_slot(call.slot, (at_ns if is_good else now) + think)
+
+    def _measure(self, tick: Tick, call: Call, is_good: bool, at_ns: int) -> None:
+        """Adds a request of the window to what is told live: the sums of all ticks are the report's."""
+        begin, end = self.share.window_ns
+        due = call.scheduled - self.start_ns
+        if due < begin or (end is not None and due >= end):
+            return
+        tick.measured += 1
+        tick.measured_failed += not is_good
+        if is_good and call.sent >= 0:
+            took = (call.stamps[-1] if call.stamps else at_ns) - call.sent
+            bucket = bucket_of(took)
+            tick.e2e[bucket] = tick.e2e.get(bucket, 0) + 1
+            tick.e2e_sum_ns += took
 
     # once in a while
     def _sweep(self, now: int) -> None:
