@@ -43,6 +43,9 @@ JOBS_PRUNED_PER_TICK = 200
 # benchmarks
 BENCHMARKS_LIVE = 16
 BENCHMARKS_KEPT = 1_000  # ended ones beyond this are removed with their results, oldest first
+BENCHMARK_POINTS_KEPT = 50_000  # of all benchmarks together; the oldest ended benchmarks beyond this go, too
+POINT_FAILURES = 3  # failed points in a row after which a benchmark has failed
+CLOCK_FRESH_MS = 15_000  # an older estimate of a node's clock is made anew before a start
 RUNS_PER_NODE = 4  # load generators and monitors at the same time
 RUN_PREPARE_MS = 300_000  # writing every prompt and opening connections
 RUN_COLLECT_MS = 300_000  # from a run's end to its artifacts being with the head

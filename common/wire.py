@@ -475,7 +475,10 @@ class EnsureRun(CommandBody, tag="ensure_run", frozen=True):
 
 
 class FireRun(CommandBody, tag="fire_run", frozen=True):
-    """An armed load run shall begin at this moment of the agent's own CLOCK_BOOTTIME."""
+    """An armed load run shall begin at this moment of the agent's own CLOCK_BOOTTIME.
+
+    One that comes when its moment is over is not begun late: the run fails, for the other nodes began without it.
+    """
 
     run: str
     start_boottime_ns: Int

@@ -13,17 +13,19 @@ from head.core.state import Live, State
 from head.core.turn import Turn
 
 COPY, REPLICA, CHECK = "copy", "replica", "check"
+RUN, FIRE, END = "run", "fire", "end"
+_KINDS = frozenset({COPY, REPLICA, CHECK, RUN, FIRE, END})
 
 
 def op_id(kind: str, key: str) -> str:
-    """The command name of an object: "copy:<copy key>", "replica:<replica id>", "check:<check id>"."""
+    """The command name of an object: "copy:<copy key>", "replica:<replica id>", "check:<check id>", "run:<run id>"."""
     return f"{kind}:{key}"
 
 
 def split_op_id(text: str) -> tuple[str, str]:
     """The kind and key in an op id; ("", "") when it is none of ours."""
     kind, colon, key = text.partition(":")
-    return (kind, key) if colon and key and kind in (COPY, REPLICA, CHECK) else ("", "")
+    return (kind, key) if colon and key and kind in _KINDS else ("", "")
 
 
 def session_of(state: State, node: str) -> Live | None:

@@ -27,6 +27,9 @@ class HeadStarted(Event, frozen=True):
     ticket_secret: bytes  # root of the per-node ticket keys, volatile per head process
     recipes: dict[str, Recipe] = {}
     drain_ms: int = limits.DRAIN_MS  # how long requests may go on when their engine is stopped; 0: not at all
+    benchmark_recipes: dict[str, BenchmarkRecipe] = {}
+    gateway_url: str = ""  # where nodes reach the head's gateway, as https://head:8443; "": nowhere
+    version: str = ""  # of the head
 
 
 class Ticked(Event, frozen=True):
@@ -36,9 +39,10 @@ class Ticked(Event, frozen=True):
 
 
 class RecipesLoaded(Event, frozen=True):
-    """The recipe folder was read again."""
+    """The recipe folder was read again. `benchmark_recipes` None: those stay as they are."""
 
     recipes: dict[str, Recipe]
+    benchmark_recipes: dict[str, BenchmarkRecipe] | None = None
 
 
 # sessions

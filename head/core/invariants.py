@@ -48,8 +48,12 @@ _INDICES = (
     "waiters",
     "running_steps",
     "queued_steps",
+    "live_benchmarks",
+    "points_by_benchmark",
+    "runs_by_benchmark",
+    "runs_by_node",
 )
-_TABLES = ("nodes", "copies", "services", "replicas", "jobs")
+_TABLES = ("nodes", "copies", "services", "replicas", "jobs", "benchmarks", "points", "runs")
 _SMALL = 200  # bigger states are compared with a recomputation at every 64th revision only
 
 

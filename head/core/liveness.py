@@ -45,9 +45,15 @@ def started(turn: Turn, event: HeadStarted) -> None:
     turn.put(meta, "head_started", head_epoch=meta.head_epoch)
     state.ticket_secret = event.ticket_secret
     state.recipes = dict(event.recipes)
+    state.benchmark_recipes = dict(event.benchmark_recipes)
+    state.gateway_url, state.version = event.gateway_url, event.version
     state.started_ms = state.last_tick_ms = turn.now_ms
     state.settle_until_ms = turn.now_ms + limits.SETTLE_MS
-    for volatile in (state.progress, state.commanded_ms, state.offered, state.readers, state.avoided):
+    volatiles: tuple[dict[str, Any], ...] = (
+        *(state.progress, state.commanded_ms, state.offered, state.readers, state.avoided),
+        *(state.clocks, state.judging_ms),
+    )
+    for volatile in volatiles:
         volatile.clear()
     state.live = {node_id: Live(lease_until_ms=state.settle_until_ms) for node_id in state.nodes}
     # who was lost before counts as lost together: a restart in the middle of a partition must not unfreeze

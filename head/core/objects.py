@@ -298,33 +298,24 @@ class Check(Object, frozen=True):
         return self.id
 
 
-class Point(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One run of a benchmark: the recipe's load with `changes`, for the n-th time.
+class Part(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What became of a run, kept when the run itself is forgotten. state: done | failed | lost | cancelled."""
 
-    state: pending | preparing | armed | running | collecting | judging | completed | failed | cancelled.
-    """
-
-    number: int
-    changes: dict[str, Any] = {}
-    repetition: int = 0
-    seed: int = 0
-    state: str = "pending"
-    runs: tuple[str, ...] = ()  # keys of its load Runs, by part
-    fire_ms: int = 0  # when it began, Herder time
-    ended_ms: int = 0
-    skew_ms: float = 0.0  # bound of how far apart the load nodes began
-    coverage: float = 1.0  # share of the schedule that was really performed; below 1: a load node was lost
-    is_valid: bool = False
-    reasons: tuple[str, ...] = ()  # codes of why it is not
-    figures: dict[str, float] = {}  # the main figures of its report
+    run: str
+    node: str
+    state: str
+    artifacts: tuple[str, ...] = ()
     error: ErrorInfo | None = None
 
 
 class Benchmark(Object, frozen=True):
     """A recipe that is performed: point after point, each on all load nodes together.
 
-    state: pending | preparing (service, monitors) | running | finishing (monitors, logs, report) | completed |
-    failed | cancelled. A completed benchmark is_degraded when a load node was lost in any point.
+    state: pending (others use its nodes or its service) | preparing (service, monitors) | running | finishing
+    (monitors, logs, report) | completed | failed | cancelled. A benchmark is_degraded when a load node was lost in
+    any point. Its points are objects of their own (a record then carries one of them, not all 500): read them by
+    `benchmark_facts.points_of(state, id)`, its runs by `benchmark_facts.runs_of(state, id)`, and what it waits for
+    in words by `benchmark_facts.note_of(state, benchmark)`.
     """
 
     KIND = "benchmark"
@@ -337,19 +328,22 @@ class Benchmark(Object, frozen=True):
     created_ms: int
     generation: int
     cause: str
-    points: tuple[Point, ...] = ()
+    planned: int = 0  # points in all, as far as that is known; a search adds to it
     load_nodes: tuple[str, ...] = ()
     server_nodes: tuple[str, ...] = ()
     monitors: tuple[str, ...] = ()  # keys of its monitor Runs
+    monitor_parts: tuple[Part, ...] = ()  # what became of them
     service: str = ""
     is_own_service: bool = False
-    started_ms: int = 0
+    started_ms: int = 0  # when it left `pending`
     ended_ms: int = 0
-    not_before_ms: int = 0
+    since_ms: int = 0  # when it came to its present state
+    not_before_ms: int = 0  # of the next point
     is_cancelling: bool = False
     is_degraded: bool = False
+    is_written: bool = False  # its files are whole
     best: dict[str, Any] = {}  # of a search: the most load that met the SLO
-    note: str = ""  # what it waits for, in words
+    note: str = ""  # what it waits for, in words; see `benchmark_facts.note_of`
     error: ErrorInfo | None = None
     facts: dict[str, Any] = {}  # versions, engine flags, inventory of the nodes: as they were
 
@@ -358,8 +352,52 @@ class Benchmark(Object, frozen=True):
         return self.id
 
 
+class Point(Object, frozen=True):
+    """One run of a benchmark: the recipe's load with `changes`, for the n-th time.
+
+    state: pending | preparing | armed | running | collecting | judging | completed | failed | cancelled.
+    """
+
+    KIND = "point"
+    benchmark: str
+    number: int  # in the order in which they are run
+    changes: dict[str, Any] = {}
+    repetition: int = 0
+    seed: int = 0
+    group: int = 0  # which combination of the sweep; a search runs once in each
+    attempt: int = 0  # above 0: again, because the one before says nothing about the server
+    state: str = "pending"
+    runs: tuple[str, ...] = ()  # keys of its load Runs, by part
+    parts: tuple[Part, ...] = ()  # what became of them, once it is being judged
+    urls: tuple[str, ...] = ()  # where the load went
+    since_ms: int = 0  # when it came to its present state
+    started_ms: int = 0
+    fire_ms: int = 0  # when it began, Herder time
+    ended_ms: int = 0
+    skew_ms: float = 0.0  # bound of how far apart the load nodes began
+    coverage: float = 1.0  # share of the load nodes' parts that were really performed; below 1: one was lost
+    is_valid: bool = False
+    reasons: tuple[str, ...] = ()  # codes of why it is not
+    figures: dict[str, float] = {}  # the main figures of its report
+    error: ErrorInfo | None = None
+    note: str = ""  # what it waits for, in words
+
+    @property
+    def key(self) -> str:
+        return point_key(self.benchmark, self.number)
+
+
+def point_key(benchmark: str, number: int) -> str:
+    """Key of a point."""
+    return f"{benchmark}.{number}"
+
+
 class Run(Object, frozen=True):
-    """One node's part of a benchmark's point, or its monitor. States as wire.RunStatus, plus `pending` and `lost`."""
+    """One node's part of a benchmark's point, or its monitor; forgotten once its agent has forgotten it.
+
+    state: as wire.RunStatus, plus `pending` (not confirmed by its agent yet) and `lost`; done, failed and lost stay.
+    desired: armed | fired (a monitor from the beginning) | ended | absent.
+    """
 
     KIND = "run"
     id: str  # "<benchmark>.<point>.<part>" or "<benchmark>.monitor.<node>"
@@ -367,7 +405,7 @@ class Run(Object, frozen=True):
     node: str
     kind: str  # "load" | "monitor"
     generation: int
-    desired: str  # armed | fired | ended | absent
+    desired: str
     state: str
     cause: str
     created_ms: int
@@ -417,5 +455,5 @@ class Idempotent(Object, frozen=True):
         return self.id
 
 
-_ALL = (Meta, Node, Model, ModelManifest, Copy, Service, Replica, Job, Check, Benchmark, Run, ApiKey, Idempotent)
+_ALL = (Meta, Node, Model, ModelManifest, Copy, Service, Replica, Job, Check, Benchmark, Point, Run, ApiKey, Idempotent)
 KINDS: dict[str, type[Object]] = {cls.KIND: cls for cls in _ALL}

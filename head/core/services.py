@@ -128,6 +128,8 @@ def on_tick(turn: Turn) -> None:
 def recipes_loaded(turn: Turn, event: RecipesLoaded) -> None:
     """The recipe folder was read again: services that miss one look again."""
     turn.state.recipes = event.recipes
+    if event.benchmark_recipes is not None:
+        turn.state.benchmark_recipes = event.benchmark_recipes
     for name, service in turn.state.services.items():
         if service.reason:
             turn.touch("service", name)

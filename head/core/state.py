@@ -12,10 +12,12 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 
 from common import limits, wire
+from common.bench.recipe import BenchmarkRecipe
 from common.recipe import Recipe
 from head.core import job_table
 from head.core.objects import (
     ApiKey,
+    Benchmark,
     Check,
     Copy,
     Idempotent,
@@ -25,7 +27,9 @@ from head.core.objects import (
     ModelManifest,
     Node,
     Object,
+    Point,
     Replica,
+    Run,
     Service,
 )
 from head.core.records import Record
@@ -74,6 +78,17 @@ class Progress:
 
 
 @dataclass(slots=True)
+class Clock:
+    """A node's clock as it was measured in its present session; volatile."""
+
+    session_id: str = ""
+    offset_ns: int = 0  # its CLOCK_BOOTTIME minus Herder time
+    bound_ns: int = 0
+    measured_ms: int = 0  # 0: not yet
+    asked_ms: int = 0
+
+
+@dataclass(slots=True)
 class State:
     """Everything the head knows."""
 
@@ -87,6 +102,9 @@ class State:
     replicas: dict[str, Replica] = field(default_factory=dict)
     jobs: job_table.JobTable = field(default_factory=job_table.JobTable)
     checks: dict[str, Check] = field(default_factory=dict)
+    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
+    points: dict[str, Point] = field(default_factory=dict)
+    runs: dict[str, Run] = field(default_factory=dict)
     keys: dict[str, ApiKey] = field(default_factory=dict)
     idempotents: dict[str, Idempotent] = field(default_factory=dict)
     revision: int = 0
@@ -107,12 +125,21 @@ class State:
     waiters: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # "kind:key" -> jobs
     running_steps: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # node -> "job/step"
     queued_steps: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))  # node -> jobs
+    live_benchmarks: dict[str, None] = field(default_factory=dict)  # those that have not ended
+    points_by_benchmark: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
+    runs_by_benchmark: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
+    runs_by_node: dict[str, dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
 
     # volatile
     live: dict[str, Live] = field(default_factory=dict)  # by node
     progress: dict[str, Progress] = field(default_factory=dict)  # by copy key
     last_used_ms: dict[str, int] = field(default_factory=dict)  # by copy key, newer than Copy.last_used_ms
     recipes: dict[str, Recipe] = field(default_factory=dict)
+    benchmark_recipes: dict[str, BenchmarkRecipe] = field(default_factory=dict)
+    gateway_url: str = ""  # where nodes reach the head's gateway; "": benchmarks cannot go through it
+    version: str = ""  # of the head
+    clocks: dict[str, Clock] = field(default_factory=dict)  # by node, while a benchmark needs them
+    judging_ms: dict[str, int] = field(default_factory=dict)  # points and benchmarks that the shell was asked for
     ticket_secret: bytes = b""
     started_ms: int = 0
     settle_until_ms: int = 0
@@ -156,10 +183,16 @@ _TABLES = {
     "replica": "replicas",
     "job": "jobs",
     "check": "checks",
+    "benchmark": "benchmarks",
+    "point": "points",
+    "run": "runs",
     "key": "keys",
     "idempotent": "idempotents",
 }
 JOB_ENDED = job_table.ENDED
+BENCHMARK_ENDED = frozenset({"completed", "failed", "cancelled"})
+POINT_ENDED = frozenset({"completed", "failed", "cancelled"})
+RUN_ENDED = frozenset({"done", "failed", "lost"})
 STEP_ENDED = frozenset({"completed", "failed", "cancelled", "skipped"})
 HEAVY_ACTIONS = frozenset({"download", "copy", "move", "serve"})  # those that STEPS_RUNNING_PER_NODE counts
 COPY_AT_REST = frozenset({"ready", "failed", "asleep"})
@@ -221,6 +254,13 @@ def _index(state: State, thing: Object) -> None:
             state.replicas_by_service[thing.service][thing.key] = None
             state.replicas_by_node[thing.node][thing.key] = None
             state.replicas_by_model[thing.model][thing.key] = None
+        case Benchmark() if thing.state not in BENCHMARK_ENDED:
+            state.live_benchmarks[thing.key] = None
+        case Point():
+            state.points_by_benchmark[thing.benchmark][thing.key] = None
+        case Run():
+            state.runs_by_benchmark[thing.benchmark][thing.key] = None
+            state.runs_by_node[thing.node][thing.key] = None
         case Job() if thing.state not in JOB_ENDED:
             state.live_jobs[thing.key] = None
             completed = {step.id for step in thing.steps if step.state == "completed"}
@@ -255,6 +295,13 @@ def _unindex(state: State, thing: Object) -> None:
             _discard(state.replicas_by_service, thing.service, thing.key)
             _discard(state.replicas_by_node, thing.node, thing.key)
             _discard(state.replicas_by_model, thing.model, thing.key)
+        case Benchmark():
+            state.live_benchmarks.pop(thing.key, None)
+        case Point():
+            _discard(state.points_by_benchmark, thing.benchmark, thing.key)
+        case Run():
+            _discard(state.runs_by_benchmark, thing.benchmark, thing.key)
+            _discard(state.runs_by_node, thing.node, thing.key)
         case Job():
             state.live_jobs.pop(thing.key, None)
             for step in thing.steps:
