@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from common.bench.schedule import Schedule
 from common.bench.spec import LoadSpec
 
 CLOSED_PREPARED = 2_000  # conversations prepared for a closed loop whose number is not known
+OFFLINE_IN_FLIGHT = 1_000  # over all processes, where nothing else is said
 MAX_BODY = 64 << 20
 MAX_ENDPOINTS = 1_000
 
@@ -120,6 +121,7 @@ def order_of(asked_for: LoadSpec, aim: Aim, *, part: int = 0, parts: int = 1) ->
         counted_by=workload.counted_by,
         classes=tuple(workload.classes),
         endpoints=tuple(target.url for target in targets),
+        is_offline=asked_for.is_offline,
     )
     limits = Limits(first_s=asked_for.first_timeout, total_s=asked_for.timeout, drain_s=asked_for.drain)
     return Order(asked_for, asked, targets, aim.spread, style, workload, drawn, limits, tokenizer, part, parts)
@@ -181,7 +183,7 @@ def _plan(
     dataset: datasets.Dataset | None,
 ) -> dict[str, Any]:
     """What was asked, for the report; header values stay out of it."""
-    names = ("model", "rate", "arrivals", "burstiness", "peak", "concurrency", "think", "stagger", "duration",
+    names = ("model", "rate", "arrivals", "burstiness", "burst_size", "peak", "concurrency", "in_flight", "think", "stagger", "duration",
              "requests",
              "warmup", "cooldown", "prefix_tokens", "prefix_groups", "turns", "turn_think", "batch", "stream", "exact",
              "seed", "workers", "drain", "timeout", "first_timeout", "speed")  # fmt: skip
@@ -225,13 +227,19 @@ def shares_of(order: Order) -> list[Share]:
     until_ns = None if asked.until_s is None else int(asked.until_s * NS)
     window = (int(asked.warmup_s * NS), None if until_ns is None else until_ns - int(asked.cooldown_s * NS))
     concurrency, shares = asked_for.concurrency or 0, []
+    in_flight = asked_for.in_flight or (OFFLINE_IN_FLIGHT if asked_for.is_offline else None)
     for number in range(order.part * asked_for.workers, (order.part + 1) * asked_for.workers):
         indices, times = range(0), array("q")
-        slots, requests = 0, None
+        slots, requests, limits = 0, None, order.limits
         if order.schedule is not None:
             indices, times = order.schedule.slice_of(number, everywhere)
             rate = order.schedule.asked_per_s or len(order.schedule.times_ns) * NS / max(order.schedule.span_ns, 1)
             connections = min(len(times), 64, int(rate / everywhere / 10) + 1)
+            if asked_for.is_offline or asked_for.burst_size:
+                connections = min(len(times), asked_for.burst_size or OFFLINE_IN_FLIGHT, OFFLINE_IN_FLIGHT)
+            if in_flight is not None:
+                limits = replace(limits, in_flight=max(1, _part(in_flight, number, everywhere)))
+                connections = min(connections, limits.in_flight)
         else:
             slots = _part(concurrency, number, everywhere)
             requests = None if asked_for.requests is None else _part(asked_for.requests, number, everywhere)
@@ -242,7 +250,7 @@ def shares_of(order: Order) -> list[Share]:
                 chooser(order.spread, len(endpoints), seed=asked_for.seed, part=order.part, process=number),
                 indices, times, slots,
                 concurrency * number // everywhere, concurrency, requests, until_ns, asked_for.think,
-                asked_for.turn_think, asked_for.stagger, window, connections, order.limits,
+                asked_for.turn_think, asked_for.stagger, window, connections, limits,
                 order.tokenizer is not None,
             )
         )  # fmt: skip

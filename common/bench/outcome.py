@@ -66,6 +66,8 @@ class Asked:
     """Names of the classes of requests, by their number in the records."""
     endpoints: tuple[str, ...] = ()
     """The servers that were asked, by their number in the records."""
+    is_offline: bool = False
+    """Everything was due at the start: nothing of it is ever late."""
 
 
 def encode(asked: Asked, outcome: Outcome) -> bytes:
@@ -87,6 +89,7 @@ def encode(asked: Asked, outcome: Outcome) -> bytes:
                 "counted_by": asked.counted_by,
                 "classes": list(asked.classes),
                 "endpoints": list(asked.endpoints),
+                "is_offline": asked.is_offline,
             },
             "outcome": {
                 "records": outcome.records.to_wire(),

@@ -157,6 +157,7 @@ def build(asked: Asked, outcome: Outcome) -> Report:
         ),
         is_interrupted=outcome.is_interrupted,
         lost_workers=outcome.lost_workers,
+        is_offline=asked.is_offline,
     )
     warned = verdict.warnings(
         records,
@@ -166,6 +167,7 @@ def build(asked: Asked, outcome: Outcome) -> Report:
         counted_by=asked.counted_by,
         is_exact=asked.is_exact,
         counted_as=token_source,
+        is_offline=asked.is_offline,
     )
     tokens = sum(records.grid.values())
     cpu_s = sum(worker["cpu_s"] for worker in records.workers)
@@ -244,7 +246,7 @@ def throughput(records: Records, window: Window) -> Throughput:
 def _goodput(asked: Asked, records: Records, window: Window, inside: int) -> Goodput | None:
     if not asked.limits:
         return None
-    good = good_count(records, window, asked.limits, asked.is_open)
+    good = good_count(records, window, asked.limits, asked.is_open and not asked.is_offline)
     named = {limit.metric: limit.below_ms for limit in asked.limits}
     return Goodput(named, good, good / window.seconds, good / inside if inside else None)
 

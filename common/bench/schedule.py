@@ -196,6 +196,7 @@ def draw(
     profile: Profile,
     *,
     burstiness: float = 1.0,
+    together: int = 1,
     seed: int,
     duration_s: float | None = None,
     requests: int | None = None,
@@ -204,13 +205,15 @@ def draw(
     """The schedule of a rate profile: all arrivals before `duration_s`, at most `requests`; at least one is given.
 
     burstiness: the shape of the gamma distribution of gaps: 1 is Poisson, below 1 clumps, above 1 evens out, EVEN is
-    equal gaps. The coefficient of variation of the gaps is 1 / sqrt(burstiness).
+    equal gaps. The coefficient of variation of the gaps is 1 / sqrt(burstiness). together: each arrival is so many
+    requests at once, at a rate that keeps that of requests.
     Raises: ValueError for what cannot be drawn.
     """
     _check(duration_s is not None or requests is not None, "a schedule needs a duration or a number of requests")
     _check(duration_s is None or duration_s > 0, "a duration must be more than 0")
     _check(requests is None or requests > 0, "a number of requests must be more than 0")
     _check(burstiness > 0, "burstiness must be more than 0")
+    _check(together > 0, "at least one request comes at a time")
     if duration_s is not None and requests is None:
         _check(profile.expected(duration_s) < MAX_ARRIVALS, f"more than {MAX_ARRIVALS:,} requests; take a shorter run")
     _check((requests or 0) <= MAX_ARRIVALS, f"more than {MAX_ARRIVALS:,} requests; take a shorter run")
@@ -218,15 +221,22 @@ def draw(
     limit = requests if requests is not None else 2 * MAX_ARRIVALS
     times = array("q")
     for position in _unit_arrivals(burstiness, random.Random(f"herder arrivals {seed}")):
-        at_ns = profile.due(position) * NS
+        at_ns = profile.due(position * together) * NS
         if at_ns >= end_ns or len(times) >= limit:
             break
-        times.append(round(at_ns))
+        times.extend([round(at_ns)] * min(together, limit - len(times)))
     asked = len(times) * NS / max(times[-1], 1) if duration_s is None and times else None
     mean = profile.expected(duration_s) / duration_s if duration_s is not None else asked
     if isinstance(profile, Flat):
         mean = profile.rate_per_s
-    return Schedule(times, name or f"{_process(burstiness)} at {profile.describe()}", seed, mean)
+    process = _process(burstiness) if together == 1 else f"bursts of {together}"
+    return Schedule(times, name or f"{process} at {profile.describe()}", seed, mean)
+
+
+def all_at_once(requests: int) -> Schedule:
+    """Everything at the start."""
+    _check(0 < requests <= MAX_ARRIVALS, f"1 to {MAX_ARRIVALS:,} requests")
+    return Schedule(array("q", bytes(8 * requests)), f"offline: {requests} at once", None, None)
 
 
 def from_times(times_s: Sequence[float], *, speed: float = 1.0, name: str, limit_s: float | None = None) -> Schedule:

@@ -25,7 +25,7 @@ APIS = (
     "ollama",
     "http",
 )
-ARRIVALS = ("poisson", "constant", "gamma", "ramp", "steps", "spike", "sine", "trace")
+ARRIVALS = ("poisson", "constant", "gamma", "burst", "ramp", "steps", "spike", "sine", "trace", "offline")
 MAX_WORKERS = 256
 MAX_SLOTS = 100_000
 SLO_METRICS = ("ttft", "tpot", "e2e")
@@ -44,6 +44,8 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Open loop: requests per second."""
     arrivals: str = "poisson"
     burstiness: float | None = None
+    burst_size: int | None = None
+    """Arrivals burst: so many together, every burst_size / rate seconds."""
     peak: float | None = None
     peak_at: float | None = None
     peak_for: float | None = None
@@ -55,6 +57,8 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     speed: float = 1.0
     concurrency: int | None = None
     """Closed loop: requests kept on their way."""
+    in_flight: int | None = None
+    """Open loop: the most requests on their way, over all processes; what is due beyond it waits."""
     think: float = 0.0
     stagger: float = 0.0
     duration: float | None = None
@@ -96,6 +100,11 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.concurrency is None
 
     @property
+    def is_offline(self) -> bool:
+        """Whether everything is due at the start, for throughput."""
+        return self.arrivals == "offline"
+
+    @property
     def until_s(self) -> float | None:
         """How long is sent; None where the number of requests ends the run."""
         return None if self.duration is None else self.warmup + self.duration + self.cooldown
@@ -110,7 +119,9 @@ def check(spec: LoadSpec) -> None:
         raise ValueError(f"api {spec.api!r}: one of {', '.join(APIS)}")
     if not spec.is_open and (spec.rate is not None or is_trace or spec.steps):
         raise ValueError("concurrency is a closed loop, rate, steps and trace an open one; take one")
-    if spec.is_open and spec.rate is None and not is_trace and not spec.steps:
+    if spec.is_offline:
+        _check_offline(spec)
+    elif spec.is_open and spec.rate is None and not is_trace and not spec.steps:
         raise ValueError("say how much load: rate (open loop) or concurrency (closed loop)")
     if spec.duration is None and spec.requests is None and not is_trace:
         raise ValueError("say how long: duration or requests")
@@ -118,8 +129,12 @@ def check(spec: LoadSpec) -> None:
         raise ValueError("arrivals trace needs a trace file")
     if spec.is_open and (spec.think or spec.stagger):
         raise ValueError("think and stagger belong to the closed loop (concurrency)")
+    if not spec.is_open and spec.in_flight is not None:
+        raise ValueError("in_flight is for open loops; concurrency itself limits a closed one")
     bounds = {
         "concurrency": MAX_SLOTS,
+        "in_flight": MAX_SLOTS,
+        "burst_size": MAX_SLOTS,
         "requests": schedule.MAX_ARRIVALS,
         "workers": MAX_WORKERS,
         "turns": 1000,
@@ -135,6 +150,10 @@ def check(spec: LoadSpec) -> None:
             raise ValueError(f"{name} is 0 to 7 days")
     if spec.duration is not None and not 0 < spec.duration <= 7 * 86_400:
         raise ValueError("duration is more than 0 and at most 7 days")
+    if (spec.burst_size is not None) != (spec.arrivals == "burst"):
+        raise ValueError("arrivals burst and burst_size go together")
+    if spec.in_flight is not None and spec.workers > spec.in_flight:
+        raise ValueError("more workers than in_flight")
     if spec.concurrency is not None and spec.workers > spec.concurrency:
         raise ValueError("more workers than concurrency")
     if not re.fullmatch(r"[A-Z]{1,20}", spec.method) or spec.method in ("HEAD", "CONNECT"):
@@ -144,6 +163,15 @@ def check(spec: LoadSpec) -> None:
     limits_of(spec)
     if spec.is_open and spec.trace is None:
         schedule_of(spec)
+
+
+def _check_offline(spec: LoadSpec) -> None:
+    if not spec.is_open or spec.rate is not None or spec.trace is not None or spec.steps:
+        raise ValueError("arrivals offline sends everything at once: no rate, concurrency, steps or trace")
+    if spec.requests is None or spec.duration is not None:
+        raise ValueError("arrivals offline needs requests, and no duration")
+    if spec.warmup or spec.cooldown:
+        raise ValueError("arrivals offline has no warm-up or cool-down: everything is due at its start")
 
 
 def limits_of(spec: LoadSpec) -> list[Limit]:
@@ -159,16 +187,23 @@ def limits_of(spec: LoadSpec) -> list[Limit]:
 
 def schedule_of(spec: LoadSpec) -> Schedule:
     """The whole schedule of an open loop without a trace: the same wherever it is drawn. Raises: ValueError."""
+    if spec.is_offline:
+        return schedule.all_at_once(spec.requests or 0)
     profile, kind = _profile(spec), spec.arrivals
     burstiness = spec.burstiness
     if burstiness is None:
         if kind == "gamma":
             raise ValueError("arrivals gamma needs burstiness")
-        burstiness = schedule.EVEN if kind == "constant" else 1.0
-    elif kind in ("poisson", "constant"):
+        burstiness = schedule.EVEN if kind in ("constant", "burst") else 1.0
+    elif kind in ("poisson", "constant", "burst"):
         raise ValueError(f"burstiness is for arrivals gamma and the rates that change, not {kind}")
     drawn = schedule.draw(
-        profile, burstiness=burstiness, seed=spec.seed, duration_s=spec.until_s, requests=spec.requests
+        profile,
+        burstiness=burstiness,
+        together=spec.burst_size or 1,
+        seed=spec.seed,
+        duration_s=spec.until_s,
+        requests=spec.requests,
     )
     if not len(drawn.times_ns):
         raise ValueError("no request falls into this time; a longer duration or a higher rate")

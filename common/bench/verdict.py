@@ -25,9 +25,9 @@ RATE_SHARE = 0.99
 STEADY_LEAST = 30
 STEADY_RISE = 0.25
 RULES = {
-    "late": "p99 of send_lag > max(1 ms, 1 % of the median e2e)",
+    "late": "p99 of send_lag > max(1 ms, 1 % of the median e2e); not asked of offline runs",
     "client_limited": "p99 of client_lag > max(2 ms, 5 % of the median tpot), or a worker used over 85 % of a core",
-    "rate_missed": "open loop: fewer than 99 % of the requests due in the window were sent in it",
+    "rate_missed": "open loop, not offline: fewer than 99 % of the requests due in the window were sent in it",
     "no_socket": "this machine ran out of descriptors or ports",
     "drain_timeout": "requests were cut off because they outlasted the drain time",
     "clock_skew": "the wall clock was set by more than 1 ms during the run",
@@ -66,12 +66,13 @@ def reasons(
     sent_in_time: int,
     is_interrupted: bool,
     lost_workers: int,
+    is_offline: bool = False,
 ) -> list[Finding]:
-    """Why a run is invalid; empty for a valid one."""
+    """Why a run is invalid; empty for a valid one. Of an offline run no request is late: all are due at its start."""
     found: list[Finding] = []
     late_p99 = latency["send_lag"].percentiles.get("p99")
     allowed = max(LATE_FLOOR_NS / MS, LATE_SHARE * latency["e2e"].percentiles.get("p50", 0.0))
-    if late_p99 is not None and late_p99 > allowed:
+    if late_p99 is not None and late_p99 > allowed and not is_offline:
         found.append(
             Finding(
                 "late", f"the generator sent late: p99 {late_p99:.2f} ms, allowed {allowed:.2f} ms; more --workers?"
@@ -86,7 +87,7 @@ def reasons(
         )
     if busiest > CPU_SHARE:
         found.append(Finding("client_limited", f"a worker used {busiest:.0%} of a core; take more --workers"))
-    if planned and sent_in_time < RATE_SHARE * planned:
+    if planned and not is_offline and sent_in_time < RATE_SHARE * planned:
         found.append(Finding("rate_missed", f"{sent_in_time} of {planned} requests were sent in their window"))
     outcomes = counts_of(records)
     if outcomes.get("no_socket"):
@@ -113,6 +114,7 @@ def warnings(
     counted_by: str,
     is_exact: bool,
     counted_as: str,
+    is_offline: bool = False,
 ) -> list[Finding]:
     """What a reader should know."""
     found: list[Finding] = []
@@ -148,7 +150,7 @@ def warnings(
         found.append(
             Finding("stale_connections", f"{stale} kept connections were closed by the server as they were used")
         )
-    if held := facts.get("held_back"):
+    if (held := facts.get("held_back")) and not is_offline:
         found.append(Finding("held_back", f"sending waited {held} times for the limit of requests on their way"))
     return found
 

@@ -22,7 +22,7 @@ EXAMPLES = (
     "herder bench localhost:9000/health --api http --method GET --rate 1000 --duration 9s",
 )
 SPREADS = ("round-robin", "random", "all-to-all", "static")
-ARRIVALS = ("poisson", "constant", "gamma", "ramp", "steps", "spike", "sine", "trace")
+ARRIVALS = ("poisson", "constant", "gamma", "burst", "ramp", "steps", "spike", "sine", "trace", "offline")
 
 
 @verb("bench", examples=EXAMPLES)
@@ -33,6 +33,7 @@ ARRIVALS = ("poisson", "constant", "gamma", "ramp", "steps", "spike", "sine", "t
 @click.option("--rate", type=float, help="Open loop: requests per second, sent whatever came back.")
 @click.option("--arrivals", type=click.Choice(ARRIVALS), default="poisson", help="Open loop: how arrivals are spread.")
 @click.option("--burstiness", type=float, help="Shape of the gaps: 1 Poisson, below 1 clumps, inf equal gaps.")
+@click.option("--burst-size", type=int, help="Arrivals burst: so many together, every SIZE / RATE seconds.")
 @click.option("--peak", type=float, help="The rate at the end of a ramp, in a spike, at the top of a sine.")
 @click.option("--peak-at", type=Duration(), help="When a spike begins; default a third into the run.")
 @click.option("--peak-for", type=Duration(), help="How long a spike lasts; default a sixth of the run.")
@@ -41,6 +42,7 @@ ARRIVALS = ("poisson", "constant", "gamma", "ramp", "steps", "spike", "sine", "t
 @click.option("--trace", type=click.Path(), help="Recorded arrivals: Mooncake, BurstGPT or Azure.")
 @click.option("--speed", type=float, default=1.0, help="Play a trace so many times as fast.")
 @click.option("--concurrency", type=int, help="Closed loop: requests kept on their way.")
+@click.option("--in-flight", type=int, help="Open loop: the most requests on their way; those due beyond wait.")
 @click.option("--think", type=Duration(), default=0.0, help="Closed loop: pause between answer and next request.")
 @click.option("--stagger", type=Duration(), default=0.0, help="Closed loop: begin spread over this time.")
 @click.option("--duration", type=Duration(), help="How long to measure; warm-up and cool-down come on top.")

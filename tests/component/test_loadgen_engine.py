@@ -438,6 +438,25 @@ def _await_health(port: int) -> None:
     raise AssertionError("the engine did not get healthy")
 
 
+def test_an_offline_run_is_never_late() -> None:
+    """Everything is due at the start and sent as answers come; what waits here is no fault of the generator."""
+    pause = threading.Event()
+
+    def script(number: int) -> list[Step]:
+        pause.wait(0.02)
+        return stream()
+
+    with serving(script) as server:
+        words = command(f"127.0.0.1:{server.port}", "--model", "m", "--arrivals", "offline", "--requests", "12",
+                        "--in-flight", "2", "--slo", "ttft:60000", "-o", "json")  # fmt: skip
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    report = json.loads(done.stdout)
+    codes = {finding["code"] for finding in report["reasons"] + report["warnings"]}
+    assert not codes & {"late", "rate_missed", "held_back"}
+    assert (report["counts"]["good"], report["goodput"]["good"], server.connections) == (12, 12, 2)
+    assert report["latency"]["send_lag"]["max"] > 50
+
+
 def test_no_more_on_their_way_than_allowed() -> None:
     """An open loop with a limit holds requests back, sends them as others end, and counts that it did."""
     with serving(lambda number: stream()) as server:

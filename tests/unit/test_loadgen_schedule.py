@@ -125,3 +125,16 @@ def test_the_limit_of_arrivals_is_told() -> None:
     """The refusal names the limit."""
     with pytest.raises(ValueError, match=f"{schedule.MAX_ARRIVALS:,}"):
         draw(Flat(1.0), seed=1, requests=schedule.MAX_ARRIVALS + 1)
+
+
+def test_bursts_come_together() -> None:
+    """So many at one moment, the moments as far apart as the rate says; the last burst may be cut by the number."""
+    drawn = schedule.draw(schedule.Flat(20), burstiness=schedule.EVEN, together=8, seed=0, requests=20)
+    assert list(drawn.times_ns) == [0] * 8 + [400_000_000] * 8 + [800_000_000] * 4
+    drawn = schedule.draw(schedule.Flat(20), burstiness=schedule.EVEN, together=8, seed=0, duration_s=0.8)
+    assert list(drawn.times_ns) == [0] * 8 + [400_000_000] * 8
+
+
+def test_offline_is_all_at_once() -> None:
+    """Nothing is left to a schedule."""
+    assert list(schedule.all_at_once(5).times_ns) == [0] * 5

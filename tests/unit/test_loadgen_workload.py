@@ -19,7 +19,7 @@ from agent.loadgen.words import WORDS, Words
 from agent.loadgen.workload import Item, Style, api_for, png, prepare
 from common.bench.scenario import Shape, parse
 from common.bench.spec import LoadSpec
-from herder.cli.bench import _token_for, command
+from herder.cli.bench import _token_for, _token_for_all, command
 from herder.cli.command import Globals
 
 
@@ -329,6 +329,14 @@ AIM = order.Aim(("http://127.0.0.1:1",))
         ("--model m --concurrency 2 --workers 3 --requests 9", "more workers"),
         ("--model m --rate 5 --duration 5s --think 1s", "closed loop"),
         ("--model m --rate 0.001 --duration 1s", "no request"),
+        ("--model m --rate 5 --duration 5s --arrivals burst", "burst_size"),
+        ("--model m --rate 5 --duration 5s --burst-size 4", "burst_size"),
+        ("--model m --arrivals offline --duration 5s", "needs requests"),
+        ("--model m --arrivals offline --requests 5 --rate 3", "no rate"),
+        ("--model m --arrivals offline --requests 5 --concurrency 3", "no rate"),
+        ("--model m --arrivals offline --requests 5 --warmup 1s", "no warm-up"),
+        ("--model m --concurrency 5 --requests 5 --in-flight 3", "in_flight"),
+        ("--model m --rate 5 --requests 5 --in-flight 3 --workers 4", "more workers"),
     ],
 )
 def test_orders_that_make_no_sense(words: str, said: str) -> None:
@@ -353,6 +361,16 @@ def test_shares_are_the_order(workers: int) -> None:
     assert sum(share.requests or 0 for share in shares) == 20
 
 
+def test_an_offline_run_shares_its_limit() -> None:
+    """Everything is due at 0, and the requests on their way are limited over all processes of all nodes."""
+    words = "--model m --arrivals offline --requests 90 --in-flight 7 --workers 2".split()
+    shares = [
+        share for part in range(2) for share in order.shares_of(order.order_of(asked(*words), AIM, part=part, parts=2))
+    ]
+    assert [list(share.times_ns) for share in shares] == [[0] * 23, [0] * 23, [0] * 22, [0] * 22]
+    assert sum(share.limits.in_flight for share in shares) == 7
+
+
 def test_a_token_goes_to_its_own_head_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Herder's token is sent to the head that it is for, never to another server, and not beside a given one."""
     state = tmp_path / "state" / "head"
@@ -374,6 +392,8 @@ def test_a_token_goes_to_its_own_head_only(tmp_path: Path, monkeypatch: pytest.M
     named.write_text("other\n")
     named.chmod(0o600)
     assert _token_for(Globals(token_file=str(named)), "http://engine.example:8000", ()) == "other"
+    assert _token_for_all(options, ("http://127.0.0.1:18470", "http://127.0.0.1:8000"), ()) == ""
+    assert _token_for_all(options, ("http://127.0.0.1:18470/a", "127.0.0.1:18470/b"), ()) == "hdr_admin_x_secret"
 
 
 @pytest.mark.parametrize("words", ["--model m --rate 50 --duration 2s", "--model m --concurrency 7 --requests 20"])
