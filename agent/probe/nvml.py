@@ -23,6 +23,9 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 import pynvml
 
+from agent.probe import gpu_sample
+from agent.probe.gpu_sample import GpuProcess, GpuSample
+from agent.probe.nvml_calls import LOST, attempt, memory, process_bytes, temperature
 from common.wire import Gpu, GpuReading
 
 TIMEOUT_S = 5.0  # an idle driver without persistence mode takes about 2 s to wake up
@@ -32,7 +35,6 @@ MIG_INDEX_STRIDE = 10
 SILENT = "NVML did not answer"
 
 T = TypeVar("T")
-_LOST = {pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED}
 _REASONS = {
     pynvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no NVIDIA driver: libnvidia-ml.so.1 is not on this machine",
     pynvml.NVML_ERROR_DRIVER_NOT_LOADED: "the NVIDIA driver is not loaded, or this machine has no NVIDIA GPU",
@@ -90,13 +92,35 @@ class Nvml:
         except TimeoutError:
             return {}
 
+    def samples(self, *, timeout_s: float | None = None) -> tuple[GpuSample, ...] | None:
+        """Every GPU and MIG instance in full; empty when there are none, None when NVML does not answer in time."""
+        try:
+            return self._ask(self._library.samples, timeout_s)
+        except TimeoutError:
+            return None
+
+    def processes(self) -> tuple[GpuProcess, ...]:
+        """The processes on every GPU, without names; empty when NVML does not answer."""
+        try:
+            return self._ask(self._library.processes)
+        except TimeoutError:
+            return ()
+
+    def pcie_rates(self) -> dict[int, tuple[float | None, float | None]]:
+        """Bytes/s sent and received over PCIe by GPU index. Takes 40 ms a card: for an `Nvml` of its own."""
+        try:
+            return self._ask(self._library.pcie_rates)
+        except TimeoutError:
+            return {}
+
     def close(self) -> None:
         """Ends the thread once it is free; never waits for a call that hangs."""
         if self._thread is not None:
             self._work.put(None)
 
-    def _ask(self, work: Callable[[], T]) -> T:
-        if not self._turn.acquire(timeout=self._timeout_s):
+    def _ask(self, work: Callable[[], T], timeout_s: float | None = None) -> T:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        if not self._turn.acquire(timeout=timeout_s):
             raise TimeoutError
         try:
             if self._running is not None and not self._running.done():
@@ -107,7 +131,7 @@ class Nvml:
                 self._thread = threading.Thread(target=self._serve, name="nvml", daemon=True)
                 self._thread.start()
             self._work.put(lambda: _settle(answer, work))
-            value = answer.result(self._timeout_s)
+            value = answer.result(timeout_s)
             self._is_silent = False
             return value
         except TimeoutError:
@@ -160,6 +184,7 @@ class _Library:
         self._units: tuple[_Unit, ...] | None = None
         self._uuids: dict[int, str] = {}  # as last seen, to name a GPU that was lost since
         self._absent: dict[int, Any] = {}  # index -> the NVMLError instead of a GPU
+        self._seen_us: dict[int, int] = {}  # index -> until when the use by processes was read
 
     def inventory(self) -> GpuInventory:
         self._refused_at = None  # an inventory is read seldom and always asks anew
@@ -167,7 +192,7 @@ class _Library:
             self.close()  # a GPU that was reset is seen again only by a library that is opened again
         if not self._open():
             return GpuInventory((), self._reason, "", "")
-        driver = _try("", pynvml.nvmlSystemGetDriverVersion)
+        driver = attempt("", pynvml.nvmlSystemGetDriverVersion)
         cuda = _cuda_version()
         try:
             gpus = self._find()
@@ -184,7 +209,7 @@ class _Library:
         lost = [
             _lost_reading(index, self._uuids.get(index, ""))
             for index, error in self._absent.items()
-            if error.value in _LOST
+            if error.value in LOST
         ]
         return tuple(sorted([*lost, *(_reading(unit) for unit in self._units)], key=lambda reading: reading.index))
 
@@ -195,13 +220,44 @@ class _Library:
         held: dict[int, int] = {}
         for unit in self._units:
             if not unit.has_instances:
-                for pid, used in _processes(unit.handle).items():
-                    held[pid] = held.get(pid, 0) + used
+                for pid, used in process_bytes(unit.handle).items():
+                    held[pid] = held.get(pid, 0) + (used or 0)
         return held
+
+    def samples(self) -> tuple[GpuSample, ...]:
+        if not self._ready():
+            return ()
+        assert self._units is not None
+        lost = [
+            GpuSample(index=index, uuid=self._uuids.get(index, ""), is_lost=True)
+            for index, error in self._absent.items()
+            if error.value in LOST
+        ]
+        found = [gpu_sample.sample(unit.index, unit.uuid, unit.handle) for unit in self._units]
+        return tuple(sorted([*lost, *found], key=lambda sample: sample.index))
+
+    def pcie_rates(self) -> dict[int, tuple[float | None, float | None]]:
+        if not self._ready():
+            return {}
+        assert self._units is not None
+        whole = [unit for unit in self._units if unit.index < MIG_INDEX_BASE]
+        return {unit.index: gpu_sample.pcie_rates(unit.handle) for unit in whole}
+
+    def processes(self) -> tuple[GpuProcess, ...]:
+        if not self._ready():
+            return ()
+        assert self._units is not None
+        found: list[GpuProcess] = []
+        for unit in self._units:
+            if not unit.has_instances:
+                seen_us = self._seen_us.get(unit.index, 0)
+                here, self._seen_us[unit.index] = gpu_sample.processes(unit.index, unit.handle, seen_us)
+                found.extend(here)
+        return tuple(found)
 
     def close(self) -> None:
         if self._is_open:
-            _try(None, pynvml.nvmlShutdown)
+            attempt(None, pynvml.nvmlShutdown)
         self._is_open = False
         self._units = None
 
@@ -256,14 +312,14 @@ class _Library:
 def _describe(index: int, handle: Any) -> tuple[list[_Unit], list[Gpu]]:
     """A GPU and its MIG instances. Raises: NVMLError when the GPU is lost or has no uuid."""
     uuid = pynvml.nvmlDeviceGetUUID(handle)
-    major, minor = _try((0, 0), pynvml.nvmlDeviceGetCudaComputeCapability, handle)
-    mig_mode = bool(_try((0, 0), pynvml.nvmlDeviceGetMigMode, handle)[0])
-    limit_mw = _try(None, pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+    major, minor = attempt((0, 0), pynvml.nvmlDeviceGetCudaComputeCapability, handle)
+    mig_mode = bool(attempt((0, 0), pynvml.nvmlDeviceGetMigMode, handle)[0])
+    limit_mw = attempt(None, pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)
     gpu = Gpu(
         index=index,
         uuid=uuid,
-        name=_try("", pynvml.nvmlDeviceGetName, handle),
-        memory_bytes=_memory(handle)[0],
+        name=attempt("", pynvml.nvmlDeviceGetName, handle),
+        memory_bytes=memory(handle)[0],
         compute_capability=f"{major}.{minor}" if major else "",
         mig_mode=mig_mode,
         pci_bus_id=_bus_id(handle),
@@ -271,17 +327,17 @@ def _describe(index: int, handle: Any) -> tuple[list[_Unit], list[Gpu]]:
     )
     units, gpus = [_Unit(index, uuid, handle, mig_mode)], [gpu]
     if mig_mode:
-        for number in range(min(_try(0, pynvml.nvmlDeviceGetMaxMigDeviceCount, handle), MIG_INDEX_STRIDE)):
-            instance = _try(None, pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number)
-            instance_uuid = "" if instance is None else _try("", pynvml.nvmlDeviceGetUUID, instance)
+        for number in range(min(attempt(0, pynvml.nvmlDeviceGetMaxMigDeviceCount, handle), MIG_INDEX_STRIDE)):
+            instance = attempt(None, pynvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number)
+            instance_uuid = "" if instance is None else attempt("", pynvml.nvmlDeviceGetUUID, instance)
             if instance_uuid:
                 units.append(_Unit(mig_index(index, number), instance_uuid, instance, False))
                 gpus.append(
                     Gpu(
                         index=mig_index(index, number),
                         uuid=instance_uuid,
-                        name=_try("", pynvml.nvmlDeviceGetName, instance),
-                        memory_bytes=_memory(instance)[0],
+                        name=attempt("", pynvml.nvmlDeviceGetName, instance),
+                        memory_bytes=memory(instance)[0],
                         compute_capability=gpu.compute_capability,
                         mig_parent=uuid,
                         pci_bus_id=gpu.pci_bus_id,
@@ -312,14 +368,14 @@ def _nvlinks(handle: Any) -> tuple[set[str], bool]:
     has_switch = False
     for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
         try:
-            state = _try(None, pynvml.nvmlDeviceGetNvLinkState, handle, link)
+            state = attempt(None, pynvml.nvmlDeviceGetNvLinkState, handle, link)
         except pynvml.NVMLError:
             state = None  # lost since it was described; its readings will say so
         if state is None:
             break  # the first link that is not supported ends the list
         if state:
-            kind = _try(pynvml.NVML_NVLINK_DEVICE_TYPE_GPU, pynvml.nvmlDeviceGetNvLinkRemoteDeviceType, handle, link)
-            remote = _try(None, pynvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link)
+            kind = attempt(pynvml.NVML_NVLINK_DEVICE_TYPE_GPU, pynvml.nvmlDeviceGetNvLinkRemoteDeviceType, handle, link)
+            remote = attempt(None, pynvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link)
             if kind == pynvml.NVML_NVLINK_DEVICE_TYPE_SWITCH:
                 has_switch = True
             elif remote is not None:
@@ -330,9 +386,9 @@ def _nvlinks(handle: Any) -> tuple[set[str], bool]:
 def _reading(unit: _Unit) -> GpuReading:
     handle = unit.handle
     try:
-        _total, used, free = _memory(handle)
-        rates = _try(None, pynvml.nvmlDeviceGetUtilizationRates, handle)
-        power_mw = _try(None, pynvml.nvmlDeviceGetPowerUsage, handle)
+        _total, used, free = memory(handle)
+        rates = attempt(None, pynvml.nvmlDeviceGetUtilizationRates, handle)
+        power_mw = attempt(None, pynvml.nvmlDeviceGetPowerUsage, handle)
         return GpuReading(
             index=unit.index,
             uuid=unit.uuid,
@@ -340,9 +396,9 @@ def _reading(unit: _Unit) -> GpuReading:
             memory_free_bytes=free,
             utilisation=None if rates is None else rates.gpu / 100,
             memory_utilisation=None if rates is None else rates.memory / 100,
-            temperature_c=_temperature(handle),
+            temperature_c=temperature(handle),
             power_w=None if power_mw is None else power_mw / 1000,
-            ecc_uncorrected=_try(
+            ecc_uncorrected=attempt(
                 None,
                 pynvml.nvmlDeviceGetTotalEccErrors,
                 handle,
@@ -350,7 +406,7 @@ def _reading(unit: _Unit) -> GpuReading:
                 pynvml.NVML_VOLATILE_ECC,
             ),
         )
-    except pynvml.NVMLError:  # `_try` lets only the loss of the GPU through
+    except pynvml.NVMLError:  # `attempt` lets only the loss of the GPU through
         return _lost_reading(unit.index, unit.uuid)
 
 
@@ -358,57 +414,14 @@ def _lost_reading(index: int, uuid: str) -> GpuReading:
     return GpuReading(index=index, uuid=uuid, memory_used_bytes=0, memory_free_bytes=0, is_lost=True)
 
 
-def _memory(handle: Any) -> tuple[int, int, int]:
-    """Total, used, free. Version 2 tells what the driver keeps for itself from what is used; old drivers lack it."""
-    memory = _try(None, pynvml.nvmlDeviceGetMemoryInfo, handle, pynvml.nvmlMemory_v2)
-    if memory is None:
-        memory = _try(None, pynvml.nvmlDeviceGetMemoryInfo, handle)
-    return (0, 0, 0) if memory is None else (memory.total, memory.used, memory.free)
-
-
-def _temperature(handle: Any) -> float | None:
-    value = _try(None, pynvml.nvmlDeviceGetTemperatureV, handle, pynvml.NVML_TEMPERATURE_GPU)
-    if value is None:
-        value = _try(None, pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU)
-    return None if value is None else float(value)
-
-
-def _processes(handle: Any) -> dict[int, int]:
-    """Bytes by process on one unit. A process that computes and draws stands in both lists with the same total."""
-    held: dict[int, int] = {}
-    for newest, older in (
-        (pynvml.nvmlDeviceGetComputeRunningProcesses_v3, pynvml.nvmlDeviceGetComputeRunningProcesses_v2),
-        (pynvml.nvmlDeviceGetGraphicsRunningProcesses_v3, pynvml.nvmlDeviceGetGraphicsRunningProcesses_v2),
-    ):
-        try:
-            processes = _try(None, newest, handle)
-            if processes is None:
-                processes = _try((), older, handle)
-        except pynvml.NVMLError:
-            return {}  # lost: nothing is held there any more
-        for process in processes:
-            held[process.pid] = max(held.get(process.pid, 0), process.usedGpuMemory or 0)
-    return held
-
-
 def _bus_id(handle: Any) -> str:
-    info = _try(None, pynvml.nvmlDeviceGetPciInfo, handle)
+    info = attempt(None, pynvml.nvmlDeviceGetPciInfo, handle)
     return "" if info is None else str(info.busId).lower()
 
 
 def _cuda_version() -> str:
-    number = _try(0, pynvml.nvmlSystemGetCudaDriverVersion)
+    number = attempt(0, pynvml.nvmlSystemGetCudaDriverVersion)
     return f"{number // 1000}.{number % 1000 // 10}" if number else ""
-
-
-def _try(default: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's answer, or the default where it is not supported or known. Raises: NVMLError for a lost GPU."""
-    try:
-        return function(*arguments)
-    except pynvml.NVMLError as error:
-        if error.value in _LOST:
-            raise
-        return default
 
 
 def _reason(error: Any) -> str:

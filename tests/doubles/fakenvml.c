@@ -7,11 +7,14 @@
  * lose a GPU or unhang a call while the probe runs. One fact a line; everything not said has a default:
  *
  *   count 2                                 GPUs, each an H200 with 141 GiB
- *   gpu 0 util=10 used_mib=1024 temp=40 power_mw=70000 ecc=0
+ *   gpu 0 util=10 used_mib=1024 temp=40 power_mw=70000 ecc=0 corrected=0 energy_mj=0 sm_mhz=1980 mem_mhz=2619
+ *   gpu 0 throttle=0 pcie_tx_kbs=0 pcie_rx_kbs=0        the last two are measured over 20 ms at each call
+ *   gpu 0 nvlink_tx_kib=5 nvlink_rx_kib=5 pcie_tx=5 pcie_rx=5     counters; not supported where they are not said
  *   mig 0 3                                 GPU 0 is in MIG mode with 3 instances of 18 GiB
  *   link 0 1                                GPUs 0 and 1 share an NVLink
  *   switch 0                                GPU 0's NVLinks end at a switch
  *   process 0 4242 1500 [graphics]          process 4242 holds 1500 MiB of GPU 0 (compute when nothing is said)
+ *   use 0 4242 55 10 1000                   process 4242 used 55 % of GPU 0 and 10 % of its memory's time, at 1000 us
  *   fail NAME CODE [GPU]                    function NAME returns CODE, everywhere or on one GPU
  *   lost 1                                  every call on GPU 1 returns NVML_ERROR_GPU_IS_LOST
  *   hang NAME                               function NAME does not return while this line is in the file
@@ -21,6 +24,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
+
+#ifndef GPU_COUNT
+#define GPU_COUNT 2  /* where the file does not say; without a file nothing is read, so that the double costs little */
+#endif
 
 enum {
   SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6,
@@ -34,21 +41,50 @@ typedef int result;
 typedef unsigned long long u64;
 
 struct device { int gpu, instance; };  /* instance -1: the GPU itself */
-struct gpu { unsigned util, temperature, power_mw; u64 used, ecc; int instances, has_switch, is_lost; unsigned linked; };
+enum { NVLINK_TX, NVLINK_RX, PCIE_TX, PCIE_RX, COUNTERS };
+struct gpu {
+  unsigned util, temperature, power_mw, sm_mhz, mem_mhz, pcie_tx_kbs, pcie_rx_kbs, throttle;
+  u64 used, ecc, corrected, energy_mj;
+  long long counters[COUNTERS];  /* -1: not supported */
+  int instances, has_switch, is_lost;
+  unsigned linked;
+};
+struct use { int gpu; unsigned pid, sm, mem; u64 at_us; };
 struct process { int gpu; unsigned pid; u64 bytes; int is_graphics; };
 struct state {
-  int count, processes;
+  int count, processes, uses;
   struct gpu gpus[GPUS];
   struct process process[PROCESSES];
+  struct use use[PROCESSES];
   result failure;  /* of the function that asks */
   int hangs;       /* the function that asks */
 };
 
-static int is_initialised;
+static int initialised;  /* nvmlInit may be called again and counts */
 static struct device devices[GPUS], instances[GPUS][INSTANCES];
+
+static void read_number(const char *facts, const char *name, u64 *number) {
+  const char *at = strstr(facts, name);
+  if (at) *number = strtoull(at + strlen(name), NULL, 0);
+}
+
+static void read_more(struct gpu *gpu, const char *facts) {
+  static const char *const counters[COUNTERS] = {" nvlink_tx_kib=", " nvlink_rx_kib=", " pcie_tx=", " pcie_rx="};
+  u64 sm = gpu->sm_mhz, mem = gpu->mem_mhz, sent = gpu->pcie_tx_kbs, received = gpu->pcie_rx_kbs, bits = gpu->throttle;
+  read_number(facts, " sm_mhz=", &sm);
+  read_number(facts, " mem_mhz=", &mem);
+  read_number(facts, " pcie_tx_kbs=", &sent);
+  read_number(facts, " pcie_rx_kbs=", &received);
+  read_number(facts, " throttle=", &bits);
+  read_number(facts, " energy_mj=", &gpu->energy_mj);
+  read_number(facts, " corrected=", &gpu->corrected);
+  for (int i = 0; i < COUNTERS; i++) read_number(facts, counters[i], (u64 *)&gpu->counters[i]);
+  gpu->sm_mhz = sm; gpu->mem_mhz = mem; gpu->pcie_tx_kbs = sent; gpu->pcie_rx_kbs = received; gpu->throttle = bits;
+}
 
 static void read_gpu(struct gpu *gpu, const char *facts) {
   const char *at;
+  read_more(gpu, facts);
   if ((at = strstr(facts, "util="))) sscanf(at, "util=%u", &gpu->util);
   if ((at = strstr(facts, "temp="))) sscanf(at, "temp=%u", &gpu->temperature);
   if ((at = strstr(facts, "power_mw="))) sscanf(at, "power_mw=%u", &gpu->power_mw);
@@ -59,7 +95,7 @@ static void read_gpu(struct gpu *gpu, const char *facts) {
 static int in_range(int index) { return index >= 0 && index < GPUS; }
 
 static void read_line(struct state *state, const char *line, const char *function, int gpu) {
-  int a, b; unsigned pid; u64 mib; char name[TEXT], kind[TEXT] = "";
+  int a, b; unsigned pid, sm, mem; u64 mib; char name[TEXT], kind[TEXT] = "";
   if (sscanf(line, "count %d", &a) == 1) state->count = a > GPUS ? GPUS : a;
   else if (sscanf(line, "gpu %d", &a) == 1 && in_range(a)) read_gpu(&state->gpus[a], line);
   else if (sscanf(line, "mig %d %d", &a, &b) == 2 && in_range(a)) state->gpus[a].instances = b > INSTANCES ? INSTANCES : b;
@@ -71,6 +107,8 @@ static void read_line(struct state *state, const char *line, const char *functio
   else if (sscanf(line, "lost %d", &a) == 1 && in_range(a)) state->gpus[a].is_lost = 1;
   else if (sscanf(line, "process %d %u %llu %63s", &a, &pid, &mib, kind) >= 3 && state->processes < PROCESSES)
     state->process[state->processes++] = (struct process){a, pid, mib * MIB, !strcmp(kind, "graphics")};
+  else if (sscanf(line, "use %d %u %u %u %llu", &a, &pid, &sm, &mem, &mib) == 5 && state->uses < PROCESSES)
+    state->use[state->uses++] = (struct use){a, pid, sm, mem, mib};
   else if (sscanf(line, "fail %63s %d %d", name, &a, &b) >= 2) {
     int only = sscanf(line, "fail %*s %*d %d", &b) == 1 ? b : -1;
     if (!strcmp(name, function) && (only < 0 || only == gpu)) state->failure = a;
@@ -79,10 +117,12 @@ static void read_line(struct state *state, const char *line, const char *functio
 }
 
 static void read_state(struct state *state, const char *function, int gpu) {
-  memset(state, 0, sizeof *state);
-  state->count = 2;
+  state->count = GPU_COUNT;
+  state->processes = state->uses = state->failure = state->hangs = 0;
   for (int i = 0; i < GPUS; i++)
-    state->gpus[i] = (struct gpu){.util = 10 + i, .temperature = 40 + i, .power_mw = 70000, .used = GIB};
+    state->gpus[i] = (struct gpu){.util = 10 + i, .temperature = 40 + i, .power_mw = 70000, .used = GIB,
+                                  .sm_mhz = 1980, .mem_mhz = 2619, .energy_mj = 1000000 + i,
+                                  .counters = {-1, -1, -1, -1}};
   const char *path = getenv("FAKE_NVML_STATE");
   FILE *file = path ? fopen(path, "r") : NULL;
   if (!file) return;
@@ -96,7 +136,7 @@ static result begin(struct state *state, const char *function, const struct devi
   for (read_state(state, function, device ? device->gpu : -1); state->hangs; usleep(5000))
     read_state(state, function, device ? device->gpu : -1);
   if (state->failure) return state->failure;
-  if (!is_initialised && strncmp(function, "nvmlInit", 8)) return UNINITIALIZED;
+  if (!initialised && strncmp(function, "nvmlInit", 8)) return UNINITIALIZED;
   if (device && state->gpus[device->gpu].is_lost) return GPU_IS_LOST;
   return SUCCESS;
 }
@@ -124,15 +164,15 @@ static result put(char *buffer, unsigned size, const char *text) {
 result nvmlInitWithFlags(unsigned flags) {
   (void)flags;
   BEGIN(NULL);
-  for (int g = 0; g < GPUS; g++) {
+  for (int g = 0; g < GPUS && !initialised; g++) {
     devices[g] = (struct device){g, -1};
     for (int i = 0; i < INSTANCES; i++) instances[g][i] = (struct device){g, i};
   }
-  is_initialised = 1;
+  initialised++;
   return SUCCESS;
 }
 result nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
-result nvmlShutdown(void) { BEGIN(NULL); is_initialised = 0; return SUCCESS; }
+result nvmlShutdown(void) { BEGIN(NULL); initialised--; return SUCCESS; }
 const char *nvmlErrorString(result code) {
   return code == GPU_IS_LOST ? "GPU is lost" : code == NOT_SUPPORTED ? "Not Supported" : "Unknown Error";
 }
@@ -227,13 +267,61 @@ result nvmlDeviceGetPowerUsage(void *handle, unsigned *milliwatt) {
 result nvmlDeviceGetEnforcedPowerLimit(void *handle, unsigned *milliwatt) { ON(handle); *milliwatt = 700000; return SUCCESS; }
 #ifndef OLD_DRIVER
 result nvmlDeviceGetTotalEccErrors(void *handle, int type, int counter, u64 *count) {
-  (void)type; (void)counter;
+  (void)counter;
   ON(handle);
   if (is_instance(device)) return NOT_SUPPORTED;
-  *count = gpu->ecc;
+  *count = type ? gpu->ecc : gpu->corrected;
+  return SUCCESS;
+}
+result nvmlDeviceGetCurrentClocksEventReasons(void *handle, u64 *reasons) {
+  ON(handle);
+  if (is_instance(device)) return NOT_SUPPORTED;
+  *reasons = gpu->throttle;
+  return SUCCESS;
+}
+
+/* several values at once, each with its own return code */
+struct field { unsigned id, scope; long long timestamp, latency_us; int type; result code; union { u64 number; } value; };
+result nvmlDeviceGetFieldValues(void *handle, int count, struct field *fields) {
+  ON(handle);
+  for (int i = 0; i < count; i++) {
+    static const unsigned ids[COUNTERS] = {138, 139, 197, 198};
+    fields[i].type = 3;  /* unsigned long long */
+    fields[i].code = NOT_SUPPORTED;
+    if (is_instance(device)) continue;
+    if (fields[i].id == 83) fields[i].code = SUCCESS, fields[i].value.number = gpu->energy_mj;
+    for (int c = 0; c < COUNTERS; c++)
+      if (fields[i].id == ids[c] && gpu->counters[c] >= 0 && (c >= PCIE_TX || fields[i].scope == 0xffffffffu))
+        fields[i].code = SUCCESS, fields[i].value.number = gpu->counters[c];
+  }
   return SUCCESS;
 }
 #endif
+result nvmlDeviceGetTotalEnergyConsumption(void *handle, u64 *millijoule) {
+  ON(handle);
+  if (is_instance(device)) return NOT_SUPPORTED;
+  *millijoule = gpu->energy_mj;
+  return SUCCESS;
+}
+result nvmlDeviceGetClockInfo(void *handle, int clock, unsigned *mhz) {
+  ON(handle);
+  if (is_instance(device)) return NOT_SUPPORTED;
+  *mhz = clock == 2 ? gpu->mem_mhz : gpu->sm_mhz;
+  return SUCCESS;
+}
+result nvmlDeviceGetCurrentClocksThrottleReasons(void *handle, u64 *reasons) {
+  ON(handle);
+  if (is_instance(device)) return NOT_SUPPORTED;
+  *reasons = gpu->throttle;
+  return SUCCESS;
+}
+result nvmlDeviceGetPcieThroughput(void *handle, int counter, unsigned *kilobytes) {
+  ON(handle);
+  if (is_instance(device)) return NOT_SUPPORTED;
+  usleep(20000);
+  *kilobytes = counter ? gpu->pcie_rx_kbs : gpu->pcie_tx_kbs;
+  return SUCCESS;
+}
 
 /* MIG */
 result nvmlDeviceGetMigMode(void *handle, unsigned *current, unsigned *pending) {
@@ -298,3 +386,20 @@ result nvmlDeviceGetGraphicsRunningProcesses_v3(void *handle, unsigned *count, s
   return list(&state, device->gpu, 1, count, infos);
 }
 #endif
+
+/* use by process: samples newer than asked for */
+struct use_sample { unsigned pid; u64 at_us; unsigned sm, mem, encoder, decoder; };
+result nvmlDeviceGetProcessUtilization(void *handle, struct use_sample *samples, unsigned *count, u64 since_us) {
+  ON(handle);
+  if (is_instance(device)) return NOT_SUPPORTED;
+  unsigned found = 0, room = *count;
+  for (int i = 0; i < state.uses; i++) {
+    struct use *use = &state.use[i];
+    if (use->gpu != device->gpu || use->at_us <= since_us) continue;
+    if (samples && found < room) samples[found] = (struct use_sample){use->pid, use->at_us, use->sm, use->mem, 0, 0};
+    found++;
+  }
+  *count = found;
+  if (!found) return NOT_FOUND;
+  return found > room || !samples ? INSUFFICIENT_SIZE : SUCCESS;
+}
