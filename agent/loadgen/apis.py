@@ -21,15 +21,26 @@ MAX_ERROR = 300
 class Answer:
     """What is known of one answer."""
 
-    __slots__ = ("error", "input_tokens", "is_finished", "output_tokens", "texts")
+    __slots__ = ("error", "input_tokens", "is_finished", "output_tokens", "said", "texts")
 
     def __init__(self, texts: list[str] | None = None) -> None:
+        self.said: list[str] = []
+        """What is no reasoning, where texts are kept."""
         self.input_tokens = -1
         self.output_tokens = -1
         self.is_finished = False
         self.error: str | None = None
         self.texts = texts
-        """The pieces of the answer, where they are to be counted by a tokenizer."""
+        """The pieces of the answer, where they are to be counted by a tokenizer or answered."""
+
+    def keep(self, said: Any, thought: Any) -> None:
+        """Keeps a piece."""
+        assert self.texts is not None
+        if isinstance(said, str) and said:
+            self.said.append(said)
+            self.texts.append(said)
+        else:
+            self.texts.append(thought if isinstance(thought, str) else "")
 
 
 Reader = Callable[[bytes, Answer], int]
@@ -104,11 +115,11 @@ def read_openai_event(payload: bytes, answer: Answer) -> int:
             elif came == NOTHING and (delta.reasoning_content or delta.reasoning):
                 came = REASONING
             if answer.texts is not None:
-                answer.texts.append(delta.content or delta.reasoning_content or delta.reasoning or "")
+                answer.keep(delta.content, delta.reasoning_content or delta.reasoning)
         elif choice.text:
             came = OUTPUT
             if answer.texts is not None:
-                answer.texts.append(choice.text)
+                answer.keep(choice.text, None)
         if choice.finish_reason is not None:
             answer.is_finished = True
     return came
@@ -155,7 +166,7 @@ def _read_loosely(payload: bytes, answer: Answer) -> int:
         elif thought and came == NOTHING:
             came = REASONING
         if answer.texts is not None:
-            answer.texts.append(text if isinstance(text, str) and text else thought if isinstance(thought, str) else "")
+            answer.keep(text, thought)
         if choice.get("finish_reason") is not None:
             answer.is_finished = True
     return came
@@ -198,7 +209,7 @@ def read_ollama_event(payload: bytes, answer: Answer) -> int:
     said = message if isinstance(message, dict) else {}
     text, thought = said.get("content") or value.get("response"), said.get("thinking") or value.get("thinking")
     if answer.texts is not None:
-        answer.texts.append(str(text or thought or ""))
+        answer.keep(text, thought)
     return OUTPUT if text or said.get("tool_calls") else REASONING if thought else NOTHING
 
 

@@ -395,6 +395,8 @@ class Engine:
             self._is_held, self._next_ns = False, 0
         now = _monotonic_ns()
         follow = call.item.follow
+        if call.item.talk is not None and is_good:
+            follow = call.item.talk.answered(call.answer, len(call.stamps))
         if follow is not None and is_good:
             when = max(at_ns, 0) + int(self.share.turn_think_s * NS)
             self._add_due(when, follow, call.index, call.turn + 1, call.slot, call.endpoint)

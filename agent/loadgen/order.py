@@ -166,6 +166,7 @@ def _style(asked_for: LoadSpec, api: Any) -> Style:
         prefix_tokens=max(0, asked_for.prefix_tokens),
         prefix_groups=asked_for.prefix_groups,
         turns=asked_for.turns,
+        has_live_replies=asked_for.live_replies,
         method=asked_for.method,
         body=body,
         wants_chunk_usage=asked_for.chunk_usage,
@@ -183,10 +184,12 @@ def _plan(
     dataset: datasets.Dataset | None,
 ) -> dict[str, Any]:
     """What was asked, for the report; header values stay out of it."""
-    names = ("model", "rate", "arrivals", "burstiness", "burst_size", "peak", "concurrency", "in_flight", "think", "stagger", "duration",
-             "requests",
-             "warmup", "cooldown", "prefix_tokens", "prefix_groups", "turns", "turn_think", "batch", "stream", "exact",
-             "seed", "workers", "drain", "timeout", "first_timeout", "speed")  # fmt: skip
+    names = (
+        "model", "rate", "arrivals", "burstiness", "burst_size", "peak", "concurrency", "in_flight", "think",
+        "stagger", "duration", "requests", "warmup", "cooldown", "prefix_tokens", "prefix_groups", "turns",
+        "turn_think", "live_replies", "batch", "stream", "exact", "seed", "workers", "drain", "timeout",
+        "first_timeout", "speed",
+    )  # fmt: skip
     plan: dict[str, Any] = {name: value for name in names if (value := getattr(asked_for, name)) is not None}
     if plan.get("burstiness") == schedule.EVEN:
         plan["burstiness"] = "inf"
@@ -251,7 +254,7 @@ def shares_of(order: Order) -> list[Share]:
                 indices, times, slots,
                 concurrency * number // everywhere, concurrency, requests, until_ns, asked_for.think,
                 asked_for.turn_think, asked_for.stagger, window, connections, limits,
-                order.tokenizer is not None,
+                order.tokenizer is not None or asked_for.live_replies,
             )
         )  # fmt: skip
     return shares

@@ -11,12 +11,12 @@ import random
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
-from agent.loadgen.apis import APIS, Api
+from agent.loadgen.apis import APIS, Answer, Api
 from agent.loadgen.datasets import Dataset, Row
 from agent.loadgen.target import Target
 from agent.loadgen.traces import BLOCK_TOKENS, Arrival
@@ -57,6 +57,7 @@ class Style:
     """Of plain HTTP."""
     content_type: str = "application/json"
     wants_chunk_usage: bool = False
+    has_live_replies: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,47 @@ class Item:
     asked_tokens: int
     follow: Item | None = None
     """The next turn of the conversation, sent when this one was answered."""
+    talk: Talk | None = None
+    """What the next turn is made of where it holds the answer to this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """A conversation whose turns are written during the run, each when the turn before was answered."""
+
+    maker: _Maker
+    class_id: int
+    asked: tuple[tuple[str, int], ...]
+    """What the user says in each turn, with its tokens."""
+    output_tokens: int
+    messages: tuple[dict[str, Any], ...] = ()
+    tokens: int = 0
+    """Of the messages, as counted here."""
+
+    def item(self) -> Item:
+        """The turn that the user begins now."""
+        number = len(self.messages) // 2
+        text, count = self.asked[number]
+        messages = [*self.messages, {"role": "user", "content": text}]
+        tokens = self.tokens + count
+        is_last = number == len(self.asked) - 1
+        return Item(
+            self.maker.write(messages, self.output_tokens),
+            self.class_id,
+            tokens,
+            self.output_tokens,
+            talk=None if is_last else replace(self, messages=tuple(messages), tokens=tokens),
+        )
+
+    def answered(self, answer: Answer, pieces: int) -> Item:
+        """The next turn, with the answer to the last in it."""
+        said = "".join(answer.said)
+        if self.maker.words.counted_by == "words":
+            tokens = len(said.split())
+        else:
+            tokens = answer.output_tokens if answer.output_tokens >= 0 else pieces
+        reply = {"role": "assistant", "content": said}
+        return replace(self, messages=(*self.messages, reply), tokens=self.tokens + tokens).item()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +174,7 @@ def prepare(
 def _size(item: Item | None) -> int:
     held = 0
     while item is not None:
-        held += len(item.wire) + 150
+        held += len(item.wire) + 150 + (sum(len(text) for text, _ in item.talk.asked) if item.talk is not None else 0)
         item = item.follow
     return held
 
@@ -194,8 +236,11 @@ class _Maker:
                 return self.conversation(class_id, turns, shape.output_tokens)
 
     def conversation(self, class_id: int, turns: Sequence[tuple[str, str]], output_tokens: int) -> Item:
-        """The first turn, linked with those after it; earlier answers are the prepared ones, so that no body is written
-        during the run."""
+        """The first turn, linked with those after it. Earlier answers are the prepared ones, so that no body is written
+        during the run, unless live ones were asked for."""
+        if self.style.has_live_replies and len(turns) > 1:
+            said = tuple((asked, self.words.count(asked)) for asked, _ in turns)
+            return Talk(self, class_id, said, output_tokens).item()
         made: Item | None = None
         for last in range(len(turns), 0, -1):
             messages: list[dict[str, Any]] = []
@@ -207,6 +252,11 @@ class _Maker:
             made = self._post(class_id, self._question(messages, text, output_tokens), text, output_tokens, made)
         assert made is not None
         return made
+
+    def write(self, messages: list[dict[str, Any]], output_tokens: int) -> bytes:
+        """The request of a conversation so far."""
+        text = "\n\n".join(message["content"] for message in messages) if self.style.api.name == "completions" else ""
+        return self.target.request("POST", msgspec.json.encode(self._question(messages, text, output_tokens)))
 
     def traced_text(self, arrival: Arrival) -> str:
         """Text of the recorded length, whose leading blocks are the same where the trace says that they are."""

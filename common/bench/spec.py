@@ -75,6 +75,8 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prefix_groups: int = 1
     turns: int = 1
     turn_think: float = 0.0
+    live_replies: bool = False
+    """The next turn holds what the server really answered, not what was prepared."""
     batch: int = 1
     stream: bool = True
     exact: bool = True
@@ -156,6 +158,8 @@ def check(spec: LoadSpec) -> None:
         raise ValueError("more workers than in_flight")
     if spec.concurrency is not None and spec.workers > spec.concurrency:
         raise ValueError("more workers than concurrency")
+    if spec.live_replies and (spec.turns < 2 or spec.parameters.get("n", 1) != 1):
+        raise ValueError("live_replies is for conversations: turns of 2 or more, and one answer to each (n)")
     if not re.fullmatch(r"[A-Z]{1,20}", spec.method) or spec.method in ("HEAD", "CONNECT"):
         raise ValueError(f"method {spec.method!r}: GET, POST, PUT, PATCH, DELETE or OPTIONS")
     for text in spec.scenarios:

@@ -56,6 +56,7 @@ ARRIVALS = ("poisson", "constant", "gamma", "burst", "ramp", "steps", "spike", "
 @click.option("--prefix-groups", type=int, default=1, help="How many such prefixes there are.")
 @click.option("--turns", type=int, default=1, help="Turns of a conversation; each follows the answer before.")
 @click.option("--turn-think", type=Duration(), default=0.0, help="Pause before the next turn.")
+@click.option("--live-replies", is_flag=True, help="The next turn holds the server's real answer, not a prepared one.")
 @click.option("--batch", type=int, default=1, help="Documents in a request of embeddings or rerank.")
 @click.option("--stream/--no-stream", default=True, help="Stream answers (default).")
 @click.option("--exact/--no-exact", default=True, help="Ask for exactly as many tokens: min_tokens, ignore_eos.")

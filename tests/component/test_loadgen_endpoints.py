@@ -8,11 +8,12 @@ import sys
 from collections import Counter
 
 import pytest
+from msgspec.structs import replace
 
 from agent.loadgen import order
 from agent.loadgen.spread import SPREADS, chooser
 from common.bench.spec import LoadSpec
-from tests.doubles.scripted_server import Step, serving, stream, whole
+from tests.doubles.scripted_server import END, EVENT, STREAM, USAGE, Step, chunk, serving, stream, whole
 
 
 def test_requests_and_conversations_are_spread() -> None:
@@ -32,6 +33,33 @@ def test_requests_and_conversations_are_spread() -> None:
     assert [report.endpoints[url]["sent"] for url in made.asked.endpoints] == [10, 10]
     assert one.connections <= 3
     assert (report.counts["good"], report.counts["failed"]) == (20, 0)
+
+
+def test_live_replies_are_what_the_server_said() -> None:
+    """The next turn holds the answer's content and not its reasoning; with prepared replies it does not."""
+    think = chunk('data: {"choices":[{"index":0,"delta":{"reasoning_content":"hm"}}]}\n\n')
+
+    def script(number: int) -> list[Step]:
+        said = chunk(EVENT.format(f"a{number}")) + chunk(EVENT.format(" and"))
+        return [STREAM, think, said, chunk(USAGE.format(5, 3)), chunk("data: [DONE]\n\n"), END]
+
+    with serving(script) as server:
+        aim = order.Aim((f"http://127.0.0.1:{server.port}",))
+        asked_for = LoadSpec(model="m", concurrency=1, requests=2, turns=3, live_replies=True, scenarios=("D(9,3)",))
+        report, outcome = order.perform(order.order_of(asked_for, aim))
+        live = [json.loads(asked.partition(b"\r\n\r\n")[2])["messages"] for asked in server.requests]
+        server.requests.clear()
+        order.perform(order.order_of(replace(asked_for, live_replies=False), aim))
+        prepared = [json.loads(asked.partition(b"\r\n\r\n")[2])["messages"] for asked in server.requests]
+    assert report.counts["good"] == 6
+    assert [len(messages) for messages in live] == [1, 3, 5] * 2
+    assert [message["content"] for message in live[5] if message["role"] == "assistant"] == ["a3 and", "a4 and"]
+    assert live[5][:3] == live[4][:3]
+    assert [m["content"] for m in live[2] if m["role"] == "user"] == [
+        m["content"] for m in prepared[2] if m["role"] == "user"
+    ]
+    assert all(" and" not in message["content"] for message in prepared[2] if message["role"] == "assistant")
+    assert list(outcome.records.column("counted_input")) == [9, 9 + 2 + 9, 9 + 2 + 9 + 2 + 9] * 2
 
 
 def turns(item: object) -> list[bytes]:

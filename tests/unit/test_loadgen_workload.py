@@ -363,7 +363,7 @@ def test_shares_are_the_order(workers: int) -> None:
 
 def test_an_offline_run_shares_its_limit() -> None:
     """Everything is due at 0, and the requests on their way are limited over all processes of all nodes."""
-    words = "--model m --arrivals offline --requests 90 --in-flight 7 --workers 2".split()
+    words = ["--model", "m", "--arrivals", "offline", "--requests", "90", "--in-flight", "7", "--workers", "2"]
     shares = [
         share for part in range(2) for share in order.shares_of(order.order_of(asked(*words), AIM, part=part, parts=2))
     ]
