@@ -18,6 +18,7 @@ from agent.config import AgentConfig, load_agent_config, posture
 from agent.daemon import Agent
 from agent.release import release
 from common.errors import HerderError, Internal
+from common.logs.own import OwnLog
 from common.statedir import StateDir
 from common.telemetry import fields, setup_logging
 
@@ -69,8 +70,12 @@ async def _run(config: AgentConfig) -> int:
     except BaseException:
         state_dir.close()
         raise
-    logging.getLogger(__name__).info("starting", extra=fields(node=config.node, agent=agent.agent_id))
-    return await agent.run()
+    own = OwnLog.start(state_dir.path, bytes_max=config.logs.own_bytes_max, age_max_s=config.logs.age_max_s)
+    try:
+        logging.getLogger(__name__).info("starting", extra=fields(node=config.node, agent=agent.agent_id))
+        return await agent.run()
+    finally:
+        own.close()
 
 
 def _check_beside() -> None:

@@ -65,6 +65,17 @@ class SourcesConfig(Group, frozen=True):
     ssh_known_hosts: str = ""
 
 
+class LogsConfig(Group, frozen=True):
+    """Logs. Those of ended runs are kept up to `bytes_max` together and for `age_max_s`; the agent's own beside them.
+    `roots`: folders below which Slurm's files (slurm-JOBID.out) may be read.
+    """
+
+    bytes_max: Bytes = 1 << 30
+    age_max_s: Annotated[float, msgspec.Meta(gt=0)] = 14 * 86_400.0
+    own_bytes_max: Annotated[int, msgspec.Meta(ge=65_536)] = 64 << 20
+    roots: tuple[str, ...] = ()
+
+
 class AgentConfig(Group, frozen=True):
     """Everything an operator can set. Budgets in bytes; None: half the memory, 0.9 of the store's file system."""
 
@@ -88,6 +99,7 @@ class AgentConfig(Group, frozen=True):
     engines: EnginesConfig = EnginesConfig()
     sources: SourcesConfig = SourcesConfig()
     tls: TlsConfig = TlsConfig()
+    logs: LogsConfig = LogsConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
 
@@ -146,9 +158,10 @@ def check(config: AgentConfig) -> None:
         read_secret(Path(config.http.token_file))
     if config.dram_tmpfs and not Path(config.dram_tmpfs).is_absolute():
         raise InvalidConfig(f"dram_tmpfs: {config.dram_tmpfs!r} is not absolute")
-    for root in config.sources.file_roots:
-        if not Path(root).is_absolute():
-            raise InvalidConfig(f"sources.file_roots: {root!r} is not absolute")
+    for name, roots in (("sources.file_roots", config.sources.file_roots), ("logs.roots", config.logs.roots)):
+        for root in roots:
+            if not Path(root).is_absolute():
+                raise InvalidConfig(f"{name}: {root!r} is not absolute")
 
 
 def tls_context(config: AgentConfig) -> ssl.SSLContext | None:

@@ -26,6 +26,8 @@ from agent.identity import node_secret
 from agent.lease_note import LeaseNote
 from agent.ledger import Ledger
 from agent.link import Link
+from agent.log_retention import Retention
+from agent.log_sources import LogSources
 from agent.logs import LogService
 from agent.mover import protocol as mover_protocol
 from agent.mover.config import MoverConfig, SshSettings
@@ -40,6 +42,7 @@ from common import ids, limits, wire
 from common.clock import SystemClock, boottime_ms
 from common.config import read_secret
 from common.errors import HerderError, InvalidConfig, InvalidDevice
+from common.logs import own
 from common.statedir import StateDir
 from common.tasks import Supervisor
 from common.telemetry import Notifier, calm_gc, fields, ticks
@@ -75,7 +78,7 @@ class Agent:
         self.state = load(State(), self.ledger.load())
         self.driver = Driver(self.state, self.ledger, self.clock, self.release)
         self.runtimes = make_runtimes(config.engines)
-        self.files = RunFiles(state_dir.path / "replicas")
+        self.files = RunFiles(state_dir.path / "replicas", forgotten_kept_s=config.logs.age_max_s)
         self.inventory = wire.Inventory(hostname=config.node)
         self.telemetry = wire.Telemetry()
         self.loop_lag_s = 0.0
@@ -109,7 +112,16 @@ class Agent:
             is_congested=lambda: self.driver.is_congested,
             rng=self.rng,
         )
-        self.logs = LogService(self.tasks, self.files.find, self.link.send_log)
+        runs_root = state_dir.path / "runs"
+        sources = LogSources(self.files, runs_root, state_dir.path / own.FOLDER, config.logs.roots)
+        self.logs = LogService(self.tasks, self.files.find, self.link.send_log, sources.find)
+        self.retention = Retention(
+            self.files,
+            runs_root,
+            bytes_max=config.logs.bytes_max,
+            age_max_s=config.logs.age_max_s,
+            held_runs=lambda: set(self.state.runs),
+        )
         token = read_secret(Path(config.http.token_file)) if config.http.token_file else ""
         is_open = config.http.metrics_open or is_loopback(config.http.host)
         self.exporter = Exporter(self.state, self.facts, token=token, is_open=is_open)
@@ -269,6 +281,7 @@ class Agent:
         self.tasks.start("link", self.link.run(), is_critical=True)
         self.tasks.start("telemetry", self._read_telemetry(), is_critical=True)
         self.tasks.start("ticks", self._tick(), is_critical=True)
+        self.tasks.start("retention", self.retention.run())
 
     async def _keep_mover(self) -> None:
         await self.mover.run()

@@ -1,154 +1,122 @@
-"""Reads engine logs for people: the last lines, from an offset on, following, also of earlier runs.
+"""Answers the head's requests for logs: engines as text or as lines, benchmark runs, the agent itself, Slurm's files.
 
-A run's output stands in segments named by their offset (see shim.py). One task per request; it waits for the link's
-room before each chunk, so that a log never crowds out a lease, and ends when the reader cancels or the session ends.
+A run's output stands in segments named by their offset (see shim.py and common/logs). One task per request; it waits
+for the link's room before each chunk, so that a log never crowds out a lease, and with lines for the reader's credit
+too, so that a slow reader costs nothing but its own time. A task ends when the reader cancels or the session ends.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 
 from common import errors, limits, wire
 from common.errors import ErrorInfo, HerderError
+from common.logs.files import end_of, last_lines, read_from, segments, tail_offset, whole_characters
+from common.logs.stream import FOLLOW_S, LineStream, Runs
 from common.tasks import Supervisor
 
-# escape sequences of terminals (CSI and OSC), and control characters but newline and tab
-_NOT_TEXT = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-FOLLOW_S = 0.25  # how often a followed log is looked at
-TAIL_BYTES_MAX = 4 * 1024 * 1024  # how far back the last lines are looked for
+__all__ = ["LogService", "end_of", "last_lines", "read_from", "segments", "tail_offset", "whole_characters"]
 
 
-def segments(run_dir: Path) -> list[tuple[int, Path]]:
-    """Offset and path of a run's segments, oldest first."""
-    found = []
-    for path in run_dir.glob("log.*"):
-        offset = path.name.removeprefix("log.")
-        if offset.isdigit():
-            found.append((int(offset), path))
-    return sorted(found)
+class _Reading:
+    """One request that is being answered."""
 
+    __slots__ = ("credit", "has_credit", "task")
 
-def end_of(run_dir: Path) -> int:
-    """Offset after the last byte."""
-    found = segments(run_dir)
-    try:
-        return found[-1][0] + found[-1][1].stat().st_size if found else 0
-    except OSError:
-        return 0
+    def __init__(self, credit: int) -> None:
+        self.credit = credit
+        self.has_credit = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
 
+    def add(self, credit: int) -> None:
+        """The reader takes so many more chunks."""
+        self.credit = min(self.credit + max(0, credit), 4 * limits.LOG_CREDIT_CHUNKS)
+        self.has_credit.set()
 
-def read_from(run_dir: Path, offset: int, size: int) -> tuple[int, bytes]:
-    """Bytes at `offset`, or after it where the output up to there is gone; gives where they start."""
-    for start, path in segments(run_dir):
-        try:
-            length = path.stat().st_size
-            if start + length <= offset:
-                continue
-            with path.open("rb") as file:
-                file.seek(max(0, offset - start))
-                return max(offset, start), file.read(size)
-        except OSError:
-            continue  # removed by rotation meanwhile
-    return offset, b""
-
-
-def tail_offset(run_dir: Path, lines: int) -> int:
-    """Where the last `lines` lines start."""
-    end = end_of(run_dir)
-    if lines <= 0:
-        return end
-    first = segments(run_dir)[0][0] if end else 0
-    position, found = end, b""
-    while position > first and len(found) < TAIL_BYTES_MAX:
-        start = max(first, position - limits.LOG_CHUNK_BYTES)
-        at, data = start, b""
-        while at < position:
-            at, piece = read_from(run_dir, at, position - at)
-            if not piece:
-                break
-            data += piece
-            at += len(piece)
-        found = data + found
-        position = start
-        if found.rstrip(b"\n").count(b"\n") >= lines:
-            break
-    kept = found.removesuffix(b"\n").split(b"\n")[-lines:]
-    return end - len(b"\n".join(kept)) - (1 if found.endswith(b"\n") else 0) if found else end
-
-
-def last_lines(run_dir: Path, lines: int = limits.LAST_LOG_LINES) -> tuple[str, ...]:
-    """The last lines of a run, cut to a sane length."""
-    _, data = read_all(run_dir, tail_offset(run_dir, lines))
-    text = _NOT_TEXT.sub("", data.decode(errors="replace"))
-    kept = text.removesuffix("\n").split("\n")[-lines:] if text else []
-    return tuple(line[: limits.LAST_LOG_CHARS] for line in kept)
-
-
-def read_all(run_dir: Path, offset: int) -> tuple[int, bytes]:
-    """Everything from an offset on, up to the longest tail."""
-    data = b""
-    while len(data) < TAIL_BYTES_MAX:
-        offset, piece = read_from(run_dir, offset, limits.LOG_CHUNK_BYTES)
-        if not piece:
-            break
-        data += piece
-        offset += len(piece)
-    return offset, data
-
-
-def whole_characters(data: bytes) -> bytes:
-    """The data without a UTF-8 character that is cut off at its end."""
-    for back in range(1, min(4, len(data) + 1)):
-        byte = data[-back]
-        if byte & 0xC0 == 0x80:
-            continue
-        needs = 4 if byte >= 0xF0 else 3 if byte >= 0xE0 else 2 if byte >= 0xC0 else 1
-        return data[:-back] if needs > back else data
-    return data
+    async def spend(self) -> None:
+        """Waits until the reader takes a chunk."""
+        while self.credit <= 0:
+            self.has_credit.clear()
+            await self.has_credit.wait()
+        self.credit -= 1
 
 
 class LogService:
-    """Answers log requests. `find` gives the directory of a replica's run; `send` waits for room."""
+    """Answers log requests.
+
+    `find` gives the directory of a replica's run, `source` the runs of what a request for lines names; both block and
+    raise HerderError. `send` waits for room.
+    """
 
     def __init__(
         self,
         tasks: Supervisor,
         find: Callable[[str, int], Path],
         send: Callable[[wire.LogChunk], Awaitable[None]],
+        source: Callable[[str], Runs] | None = None,
     ) -> None:
         self._tasks = tasks
         self._find = find
         self._send = send
-        self._open: dict[str, asyncio.Task[None]] = {}
+        self._source = source
+        self._open: dict[str, _Reading] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
 
     def received(self, request: wire.LogRequest) -> None:
-        """A request, or the end of one."""
-        task = self._open.get(request.request_id)
-        if request.is_cancelled or task is not None:
-            if request.is_cancelled and task is not None:
-                task.cancel()
+        """A request, more credit for one, or the end of one."""
+        reading = self._open.get(request.request_id)
+        if reading is not None:
+            if request.is_cancelled and reading.task is not None:
+                reading.task.cancel()
+            else:
+                reading.add(request.credit)
             return
-        work = self._answer(request)
+        if request.is_cancelled or (request.credit and not (request.source or request.replica)):
+            return  # of one that has ended meanwhile
+        reading = _Reading(request.credit)
+        work = self._answer_lines(request, reading) if request.source else self._answer_text(request)
         if len(self._open) >= limits.LOG_FOLLOWERS:
             work.close()
             error = errors.TooMany(f"{limits.LOG_FOLLOWERS} logs of this node are being read").info()
             work = self._end(request, error)
-        task = self._tasks.start(f"log-{request.request_id}", work)
-        self._open[request.request_id] = task
-        task.add_done_callback(lambda _: self._open.pop(request.request_id, None))
+        self._open[request.request_id] = reading
+        reading.task = self._tasks.start(f"log-{request.request_id}", work)
+        reading.task.add_done_callback(lambda _: self._open.pop(request.request_id, None))
 
     def close_all(self) -> None:
         """The session has ended: nobody reads any more."""
-        for task in self._open.values():
-            task.cancel()
+        for reading in self._open.values():
+            if reading.task is not None:
+                reading.task.cancel()
 
-    async def _end(self, request: wire.LogRequest, error: ErrorInfo) -> None:
-        await self._send(wire.LogChunk(request.request_id, max(0, request.offset), "", is_last=True, error=error))
+    async def _end(self, request: wire.LogRequest, error: ErrorInfo | None, *, run: int = 0, offset: int = 0) -> None:
+        end = max(offset, request.offset, 0)
+        await self._send(wire.LogChunk(request.request_id, end, "", is_last=True, error=error, run=run))
 
-    async def _answer(self, request: wire.LogRequest) -> None:
+    # lines
+    async def _answer_lines(self, request: wire.LogRequest, reading: _Reading) -> None:
+        run, offset = 0, 0
+        try:
+            if self._source is None:
+                raise errors.NotFound("this agent has no logs of its own")
+            runs = await asyncio.to_thread(self._source, request.source)
+            async with aclosing(LineStream(request, runs).chunks()) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    await reading.spend()
+                    await self._send(chunk)
+                    run, offset = chunk.run, chunk.offset
+        except HerderError as error:
+            await self._end(request, error.info())
+            return
+        await self._end(request, None, run=run, offset=offset)
+
+    # text
+    async def _answer_text(self, request: wire.LogRequest) -> None:
         try:
             run_dir = await asyncio.to_thread(self._find, request.replica, request.run)
         except HerderError as error:

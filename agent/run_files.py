@@ -21,8 +21,8 @@ from common.statedir import write_secret
 from common.wire import EnsureReplica
 
 T = TypeVar("T")
-FORGOTTEN_KEPT = 32  # replicas that are gone, whose logs are still kept
-FORGOTTEN_KEPT_S = 14 * 86_400  # and for how long
+FORGOTTEN_KEPT = 512  # replicas that are gone, whose logs are still kept, as far as the sweep of log_retention.py does
+FORGOTTEN_KEPT_S = 14 * 86_400.0  # and for how long, if nothing else is set
 
 
 class Identity(msgspec.Struct, frozen=True):
@@ -54,8 +54,9 @@ class Exit(msgspec.Struct, frozen=True):
 class RunFiles:
     """The folder `replicas` of a state directory."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, forgotten_kept_s: float = FORGOTTEN_KEPT_S) -> None:
         self.root = root
+        self._forgotten_kept_s = forgotten_kept_s
         self.lease_path = root.parent / "lease"  # see lease_note.py
 
     def directory(self, replica: str, run: int) -> Path:
@@ -68,7 +69,7 @@ class RunFiles:
 
     def find(self, replica: str, back: int) -> Path:
         """The folder of the present run (0) or of one before (1, 2, ...). Raises: NotFound."""
-        runs = self._runs(replica)
+        runs = self.runs(replica)
         if not 0 <= back < len(runs):
             raise NotFound(f"{replica} has no run {back} on this node", runs=len(runs))
         return self.directory(replica, runs[-1 - back])
@@ -79,9 +80,9 @@ class RunFiles:
         if directory.exists():
             shutil.rmtree(directory)
         directory.mkdir(mode=0o700, parents=True)
-        for old in self._runs(replica)[: -limits.LOG_RUNS_KEPT - 1]:
+        for old in self.runs(replica)[: -limits.LOG_RUNS_KEPT - 1]:
             shutil.rmtree(self.directory(replica, old), ignore_errors=True)
-        for old in self._runs(replica):
+        for old in self.runs(replica):
             if old < run:
                 _tidy(self.directory(replica, old))
         if not api_key:
@@ -123,13 +124,13 @@ class RunFiles:
 
     def forget(self, replica: str) -> None:
         """Removes a replica's secrets; its logs stay until enough other replicas were forgotten after it."""
-        for run in self._runs(replica):
+        for run in self.runs(replica):
             _tidy(self.directory(replica, run))
         folder = self.root / replica
         if folder.is_dir():
             (folder / "forgotten").touch(mode=0o600)
         marks = sorted(self.root.glob("*/forgotten"), key=lambda path: path.stat().st_mtime_ns)
-        oldest = time.time() - FORGOTTEN_KEPT_S
+        oldest = time.time() - self._forgotten_kept_s
         for mark in marks:
             if mark in marks[:-FORGOTTEN_KEPT] or mark.stat().st_mtime < oldest:
                 shutil.rmtree(mark.parent, ignore_errors=True)
@@ -146,7 +147,8 @@ class RunFiles:
             if path.parent.name.isdigit() and not path.with_name("exit.json").exists()
         ]
 
-    def _runs(self, replica: str) -> list[int]:
+    def runs(self, replica: str) -> list[int]:
+        """Numbers of the runs that are kept, oldest first."""
         folder = self.root / replica
         if not folder.is_dir():
             return []

@@ -7,6 +7,7 @@ broken by what the agent has installed.
     spec.json   {"argv", "env", "cwd", "log_bytes", "lease", "stop_after_ms", "stop_grace_s"}   by the agent, 0600
     pid.json    {"boot_id", "shim_pid", "shim_ticks", "pid", "ticks", "started_at"}   once the engine was executed
     log.OFFSET  output, stdout and stderr together; OFFSET is where the segment starts in the run's whole output
+    log.OFFSET.at   when that output came: entries of 16 bytes (offset, milliseconds), see common/logs/index.py
     exit.json   {"exit_code", "error", "halted", "strays", "ended_at"}   last of all; exit_code is -N for signal N
 
 The engine has its own process group. The shim is the subreaper of everything below it: whatever the engine leaves
@@ -28,6 +29,7 @@ import os
 import resource
 import select
 import signal
+import struct
 import sys
 import time
 from types import FrameType
@@ -38,6 +40,9 @@ PR_SET_CHILD_SUBREAPER = 36
 SEGMENTS = 4  # a run keeps this many log segments, each a fourth of its log size
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 READ_BYTES = 65_536
+INDEX_MS = 50  # output that comes within so long of the last entry of the index gets none of its own
+INDEX_ENTRY = struct.Struct("<QQ")
+STARTS_LINE = 1 << 63  # in the milliseconds of a segment's first entry: what came before ended with a newline
 DRAIN_S = 2.0  # how long output is still read after the last process has ended
 EXEC_FAILED = 127
 libc = ctypes.CDLL(None)
@@ -53,34 +58,64 @@ class Log:
         self.names: list[str] = []
         self.descriptor = -1
         self.room = 0
+        self.index = -1
+        self.index_room = 0  # a segment whose index is full ends early, so that every line keeps its time
+        self.noted_ms = -INDEX_MS  # when the last entry was written, monotonic
+        self.ends_line = True
 
     def write(self, data: bytes) -> None:
         """Appends; a full disk loses output, not the engine."""
         while data:
-            if self.room <= 0:
+            if self.room <= 0 or self.index_room <= 0:
                 self._next()
+            self._note()
             piece, data = data[: self.room], data[self.room :]
             self.offset += len(piece)
             self.room -= len(piece)
+            self.ends_line = piece.endswith(b"\n")
             try:
                 while piece:
                     piece = piece[os.write(self.descriptor, piece) :]
             except OSError:
                 self.room = 0  # what could not be written is gone; the next segment's name says so
 
+    def _note(self) -> None:
+        """Notes when the output at this offset came; before the output itself, so that none is seen without."""
+        now_ms = time.monotonic_ns() // 1_000_000
+        if now_ms - self.noted_ms < INDEX_MS:
+            return
+        self.noted_ms = now_ms
+        self.index_room -= INDEX_ENTRY.size
+        is_first = self.room == self.segment_bytes
+        at_ms = time.time_ns() // 1_000_000 | (STARTS_LINE if is_first and self.ends_line else 0)
+        try:
+            if os.write(self.index, INDEX_ENTRY.pack(self.offset, at_ms)) != INDEX_ENTRY.size:
+                os.ftruncate(self.index, os.fstat(self.index).st_size // INDEX_ENTRY.size * INDEX_ENTRY.size)
+        except OSError:
+            pass  # the time is not known then
+
     def _next(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        for descriptor in (self.descriptor, self.index):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.descriptor = self.index = -1
         path = os.path.join(self.directory, f"log.{self.offset:015d}")
         try:
             self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             self.names.append(path)
             while len(self.names) > SEGMENTS:
-                os.unlink(self.names.pop(0))
+                old = self.names.pop(0)
+                os.unlink(old)
+                os.unlink(old + ".at")
+        except OSError:
+            pass
+        try:
+            self.index = os.open(path + ".at", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except OSError:
             pass
         self.room = self.segment_bytes
+        self.index_room = max(4096, self.segment_bytes // 4)
+        self.noted_ms = -INDEX_MS
 
 
 def write_json(path: str, value: dict[str, Any]) -> None:

@@ -318,7 +318,13 @@ class Leaving(Message, frozen=True):
 
 
 class LogRequest(Message, frozen=True):
-    """Asks for a replica's log. `run` 0 is the present run, 1 the one before. offset -1: the last `tail_lines`."""
+    """Asks for a log. `run` 0 is the present run, 1 the one before. offset -1: the last `tail_lines`.
+
+    Without `source` it is a replica's, as text in `LogChunk.data`. With it the answer are lines with their times:
+    "replica:ID", "run:ID" (of a benchmark), "agent" or "slurm:JOBID"; all kept runs one after the other (run -1), or
+    one. `run_number` and `offset` go on after what was read before; tail_lines -1: everything. The agent sends
+    `credit` chunks; further requests of the same id that only say `credit` let it send so many more.
+    """
 
     request_id: str
     replica: str
@@ -327,16 +333,40 @@ class LogRequest(Message, frozen=True):
     tail_lines: Int = 100
     follow: bool = False
     is_cancelled: bool = False
+    source: str = ""
+    run_number: Int = -1  # as LogChunk.run; -1: not said
+    since_ms: Int = 0  # lines that came at this wall time of the node or later
+    until_ms: Int = 0  # and not after this one; 0: no end
+    pattern: str = ""  # lines that hold it
+    is_regex: bool = False
+    ignore_case: bool = False
+    credit: Int = 0
+
+
+class LogLine(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One line, without its newline. `at_ms`: wall time of its node, 0 when not known. Not whole: more of it follows."""
+
+    offset: Int  # of the byte after it
+    at_ms: Int
+    text: str
+    is_whole: bool = True
 
 
 class LogChunk(Message, frozen=True):
-    """A piece of a log; `is_last` ends the answer. `data` is UTF-8 with replacement."""
+    """A piece of a log; `is_last` ends the answer. `data` is UTF-8 with replacement.
+
+    A chunk of lines stands for everything up to `offset` of run number `run`, also for what a search left out.
+    """
 
     request_id: str
     offset: Int  # of the byte after this chunk
     data: str
     is_last: bool = False
     error: ErrorInfo | None = None
+    lines: tuple[LogLine, ...] = ()
+    run: Int = 0  # number of the run, counted over the whole life of the log; 0 in chunks of text: not said
+    lost_bytes: Int = 0  # gone before it could be read; -1: a whole run
+    is_caught_up: bool = False  # what follows was not written yet when it was asked for
 
 
 class RunTick(Message, frozen=True):

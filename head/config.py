@@ -64,6 +64,13 @@ class PlannerConfig(Group, frozen=True):
     calibration: str = "planner-calibration.json"
 
 
+class LogsConfig(Group, frozen=True):
+    """The head's own log in its state directory, beside what goes to standard error."""
+
+    own_bytes_max: Annotated[int, msgspec.Meta(ge=65_536)] = 64 << 20
+    age_max_s: Annotated[float, msgspec.Meta(gt=0)] = 14 * 86_400.0
+
+
 class HeadConfig(Group, frozen=True):
     """Everything an operator can set. `metrics_open`: /metrics answers without a token."""
 
@@ -77,6 +84,7 @@ class HeadConfig(Group, frozen=True):
     door: DoorConfig = DoorConfig()
     gateway: GatewayConfig = GatewayConfig()
     planner: PlannerConfig = PlannerConfig()
+    logs: LogsConfig = LogsConfig()
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
 

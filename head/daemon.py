@@ -22,13 +22,17 @@ from pathlib import Path
 from aiohttp import web
 
 from common import limits
+from common.bench.recipe import BenchmarkRecipe, load_benchmarks
 from common.clock import SystemClock, boottime_ms
 from common.errors import HerderError, Internal, InvalidConfig, InvalidRecipe, StateReadOnly
+from common.logs.own import OwnLog
 from common.recipe import Recipe, load_recipes
 from common.statedir import StateDir, write_secret
 from common.tasks import Supervisor
 from common.telemetry import Notifier, calm_gc, fields
 from head import bootstrap
+from head.bench.performer import Performer
+from head.bench.store import Store
 from head.config import HeadConfig
 from head.context import HeadContext, RandomIds
 from head.core.events import HeadStarted, RecipesLoaded
@@ -136,8 +140,12 @@ class Daemon:
         settings = self.config
         started_ms = boottime_ms()
         recipes, recipe_paths = read_recipes(settings)
+        benchmark_recipes, benchmark_paths = read_benchmark_recipes(settings)
         owned = StateDir.open(settings.state_path, daemon="herder-head", allow_network_fs=settings.allow_network_fs)
         stack.callback(owned.close)
+        kept = settings.logs
+        own = OwnLog.start(owned.path, bytes_max=kept.own_bytes_max, age_max_s=kept.age_max_s)
+        stack.callback(own.close)
         journal = Journal.open(owned.path / FILE_NAME)
         stack.callback(journal.close)
         state = journal.load()
@@ -148,18 +156,31 @@ class Daemon:
         driver = Driver(state, journal, clock, feed)
         sessions = Sessions(driver, clock, ids, is_tls=settings.tls.is_on)
         metrics.attach(driver, journal, sessions, feed)
+        performer = driver.performer = Performer(driver, sessions, Store(owned.path))
         metrics.gc_watch.start()
         stack.callback(metrics.gc_watch.stop)
         self.context = HeadContext(
-            driver, settings, sessions, journal, feed, metrics, clock, ids, version(), recipe_paths
-        )
+            driver, settings, sessions, journal, feed, metrics, clock, ids, version(), recipe_paths,
+            benchmarks=performer, benchmark_paths=benchmark_paths,
+        )  # fmt: skip
         if settings.gateway.enabled:
             self.context.gateway_routes = _gateway_routes(self.context)
+        await performer.start()
         driver.start(sessions)
         stack.push_async_callback(driver.stop, DRIVER_END_S)
+        stack.push_async_callback(performer.close)
         gateway = settings.gateway
         drain_ms = round(gateway.drain_timeout_s * 1000) if gateway.enabled else 0
-        driver.post(HeadStarted(ids.fresh("cluster"), secrets.token_bytes(32), recipes, drain_ms))
+        driver.post(
+            HeadStarted(
+                ids.fresh("cluster"),
+                secrets.token_bytes(32),
+                recipes,
+                drain_ms,
+                benchmark_recipes=benchmark_recipes,
+                version=version(),
+            )
+        )
         await driver.settled()
         if driver.is_read_only:
             raise StateReadOnly("the journal cannot be written", hint="is there space on the head's disk?")
@@ -214,13 +235,16 @@ class Daemon:
     def _reload_recipes(self) -> None:
         try:
             recipes, paths = read_recipes(self.config)
+            benchmark_recipes, benchmark_paths = read_benchmark_recipes(self.config)
         except HerderError as error:
             log.error("recipes were not reloaded", extra=fields(why=error.message))
             return
         self.context.recipe_paths.clear()
         self.context.recipe_paths.update(paths)
-        self.context.driver.post(RecipesLoaded(recipes))
-        log.info("recipes reloaded", extra=fields(recipes=len(recipes)))
+        self.context.benchmark_paths.clear()
+        self.context.benchmark_paths.update(benchmark_paths)
+        self.context.driver.post(RecipesLoaded(recipes, benchmark_recipes))
+        log.info("recipes reloaded", extra=fields(recipes=len(recipes), benchmarks=len(benchmark_recipes)))
 
     async def _watch(self) -> None:
         """Feeds systemd's watchdog for as long as the driver handles its ticks."""
@@ -258,3 +282,14 @@ def read_recipes(settings: HeadConfig) -> tuple[dict[str, Recipe], dict[str, str
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRecipe(f"{root}: {error}") from None
     return {name: recipe for name, (recipe, _) in found.items()}, {name: path for name, (_, path) in found.items()}
+
+
+def read_benchmark_recipes(settings: HeadConfig) -> tuple[dict[str, BenchmarkRecipe], dict[str, str]]:
+    """The benchmark recipes by name, and where each was read. Raises: InvalidRecipe."""
+    root: Path = settings.recipes_path / "benchmark"
+    try:
+        found = load_benchmarks(root) if root.is_dir() else {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRecipe(f"{root}: {error}") from None
+    paths = {name: f"benchmark/{path}" for name, (_, path) in found.items()}
+    return {name: recipe for name, (recipe, _) in found.items()}, paths
