@@ -3,7 +3,7 @@
  *   token_stub PORT TTFT_US ITL_US      (both 0: the whole answer at once)
  *
  * Every token's text is " t" and 19 digits: CLOCK_MONOTONIC in nanoseconds just before it is sent. One HTTP chunk and
- * one send per token. max_tokens of the request says how many. Prints "ready" when it listens. For one test machine:
+ * one send per token. max_tokens (or max_completion_tokens) of the request says how many. Prints "ready" when it listens. For one test machine:
  * requests must be well-formed, and running out of memory ends the program.
  */
 #define _GNU_SOURCE
@@ -135,8 +135,8 @@ static int answer(Link *l) { /* 1: took a request; 0: none is whole yet */
     char *length = strcasestr(l->in, "content-length:");
     long whole = body + 4 - l->in + (length && length < body ? atol(length + 15) : 0);
     if (l->at < whole) return 0;
-    char *wanted = strstr(body, "\"max_tokens\":");
-    l->wanted = wanted ? atoi(wanted + 13) : 1;
+    char *wanted = strstr(body, "\"max_tokens\":"), *newer = strstr(body, "\"max_completion_tokens\":");
+    l->wanted = newer ? atoi(newer + 24) : wanted ? atoi(wanted + 13) : 1;
     l->sent = 0;
     const char *head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
                        "transfer-encoding: chunked\r\n\r\n";
