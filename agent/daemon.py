@@ -37,6 +37,9 @@ from agent.probe.nvml import Nvml, process_gpu_memory
 from agent.probe.telemetry import read_telemetry
 from agent.replicas import Replicas
 from agent.run_files import RunFiles
+from agent.runs.directory import RunDirectories
+from agent.runs.service import Runs
+from agent.runs.upload import Uploader
 from agent.runtimes.registry import find_engines, make_runtimes
 from common import ids, limits, wire
 from common.clock import SystemClock, boottime_ms
@@ -114,6 +117,21 @@ class Agent:
         )
         runs_root = state_dir.path / "runs"
         sources = LogSources(self.files, runs_root, state_dir.path / own.FOLDER, config.logs.roots)
+        uploader = Uploader(
+            config.head_url,
+            config.token,
+            tls=config.tls if config.head_url.startswith("https:") else None,
+            rng=self.rng,
+        )
+        self.runs = Runs(
+            RunDirectories(state_dir.path / "runs"),
+            self.driver.post,
+            self.tasks,
+            uploader,
+            send_tick=self.link.offer_tick,
+            file_roots=config.sources.file_roots,
+            allow_link_local=config.allow_link_local,
+        )
         self.logs = LogService(self.tasks, self.files.find, self.link.send_log, sources.find)
         self.retention = Retention(
             self.files,
@@ -150,6 +168,18 @@ class Agent:
                 self.replicas.check(effect)
             case fx.ForgetReplica():
                 self.replicas.forget(effect)
+            case fx.SpawnRun():
+                self.runs.spawn(effect)
+            case fx.AttachRun():
+                self.runs.attach(effect)
+            case fx.StartRun():
+                self.runs.fire(effect)
+            case fx.SignalRun():
+                self.runs.signal(effect)
+            case fx.UploadRun():
+                self.runs.upload(effect)
+            case fx.ForgetRun():
+                self.runs.forget(effect)
             case fx.CloseSession():
                 self.link.close_session(effect)
             case fx.NoteLease():
@@ -238,6 +268,9 @@ class Agent:
             records=self.driver.records_written,
             is_ledger_stuck=self.driver.is_ledger_stuck,
             loop_lag_s=self.loop_lag_s,
+            load_sent=self.runs.totals.sent,
+            load_failed=self.runs.totals.failed,
+            load_in_flight=sum(self.runs.totals.in_flight.values()),
         )
 
     def _log_requested(self, request: wire.LogRequest) -> None:
@@ -257,6 +290,7 @@ class Agent:
         await self._read_inventory()
         await self.replicas.start()
         await self.replicas.kill_orphans(set(self.state.replicas))
+        await self.runs.start(set(self.state.runs))
         models_dir = str(self.config.store_path / "models")
         self.driver.post(ev.AgentStarted(self.boot_id, models_dir, self._noted_lease_ms()))
         self.tasks.start("driver", self.driver.run(), is_critical=True)
@@ -351,6 +385,7 @@ class Agent:
         await self.mover.stop()
         await self.tasks.close()
         await self.replicas.close()
+        self.runs.close()
         self.driver.close()
         self.ledger.close()
         self.nvml.close()

@@ -43,6 +43,9 @@ class Facts(msgspec.Struct, frozen=True):
     is_ledger_stuck: bool
     loop_lag_s: float
     followers: int = 0
+    load_sent: int = 0
+    load_failed: int = 0
+    load_in_flight: int = 0
 
 
 class AgentCollector(Collector):
@@ -60,6 +63,7 @@ class AgentCollector(Collector):
         yield from _gpus(facts)
         yield from _copies(self._state)
         yield from _replicas(self._state)
+        yield from _runs(facts, self._state)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:
@@ -158,6 +162,19 @@ def _replicas(state: State) -> Iterator[Metric]:
         memory.add_metric(names, status.memory_bytes)
         gpu.add_metric(names, status.gpu_memory_bytes)
     yield from (up, restarts, memory, gpu)
+
+
+def _runs(facts: Facts, state: State) -> Iterator[Metric]:
+    counts = Counter((task.order.kind, task.state) for task in state.runs.values())
+    number = GaugeMetricFamily("herder_agent_runs", "Parts of benchmarks by kind and state.", labels=["kind", "state"])
+    for labels, value in sorted(counts.items()):
+        number.add_metric(labels, value)
+    yield number
+    yield CounterMetricFamily(
+        "herder_agent_load_requests", "Requests that load generators of this node sent.", value=facts.load_sent
+    )
+    yield CounterMetricFamily("herder_agent_load_failures", "Of those the ones that failed.", value=facts.load_failed)
+    yield _gauge("herder_agent_load_in_flight", "Requests on their way at the last look.", facts.load_in_flight)
 
 
 class Exporter:

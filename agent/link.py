@@ -23,7 +23,7 @@ from agent.core.effects import CloseSession, SendMessage
 from agent.tls import TlsConfig, ask_why, client_context, explain
 from common import limits, wire
 from common.backoff import full_jitter_ms
-from common.clock import Clock, boottime_ms
+from common.clock import Clock, boottime_ms, boottime_ns
 from common.errors import HerderError, InvalidRequest
 from common.telemetry import fields
 
@@ -143,6 +143,12 @@ class Link:
         if self.session is not None:
             self.session.telemetry = telemetry
             self.session.has_work.set()
+
+    def offer_tick(self, tick: wire.RunTick) -> None:
+        """What a load run did in a second; dropped when no session is open or much waits."""
+        session = self.session
+        if session is not None and session.has_room.is_set():
+            session.put(wire.encode(tick))
 
     async def send_log(self, chunk: wire.LogChunk) -> None:
         """Queues a piece of a log once there is room; dropped when no session is open."""
@@ -294,6 +300,9 @@ class Link:
                 message = wire.decode(frame.data)
             except msgspec.DecodeError as error:
                 session.put(wire.encode(_refusal(frame.data, error)))
+                continue
+            if isinstance(message, wire.ClockAsk):  # past all queues: what waits in them would widen the estimate
+                await self._send_frame(socket, wire.encode(wire.ClockTold(message.asked_ns, boottime_ns())))
                 continue
             if self._is_congested():
                 session.end("too much waits here")

@@ -1,4 +1,4 @@
-"""`herder-agent --release`: ends what outlives an agent on a node, engines and the holder of the RAM tier.
+"""`herder-agent --release`: ends what outlives an agent on a node: engines, runs, the holder of the RAM tier.
 
 Works on the state directory alone, as its owner, so that no agent can be running. Services stay the head's: an
 engine that is still wanted starts again with the next agent.
@@ -15,6 +15,7 @@ from pathlib import Path
 from agent import holder_protocol as protocol
 from agent import procs
 from agent.run_files import RunFiles
+from agent.runs.directory import RunDirectories
 from common.errors import Internal
 from common.statedir import StateDir
 
@@ -30,10 +31,11 @@ def release(state_path: Path) -> str:
     owner = StateDir.open(state_path, daemon="herder-agent", allow_network_fs=True)
     try:
         engines = _end_engines(RunFiles(state_path / "replicas"))
+        runs = _end_runs(RunDirectories(state_path / "runs"))
         has_holder = _end_holder(state_path / "holder" / "holder.sock")
     finally:
         owner.close()
-    ended = [*engines, "the RAM tier"] if has_holder else engines
+    ended = [*engines, *runs, *(["the RAM tier"] if has_holder else [])]
     return f"ended {', '.join(ended)}" if ended else "nothing runs here"
 
 
@@ -60,6 +62,19 @@ def _end_engines(files: RunFiles) -> list[str]:
         if left:
             raise Internal(f"{key[0]}: processes {left} are left after SIGKILL")
     return sorted(replica for replica, _ in live)
+
+
+def _end_runs(files: RunDirectories) -> list[str]:
+    """Kills load generators and monitors: their benchmark will not be believed in any case."""
+    ended = []
+    for run in files.names():
+        if not procs.members(0, files.mark(run)):
+            continue
+        left = procs.kill_all(0, files.mark(run), within_s=KILL_S)
+        if left:
+            raise Internal(f"{run}: processes {left} are left after SIGKILL")
+        ended.append(run)
+    return ended
 
 
 def _has_ended(files: RunFiles, key: tuple[str, int], within_s: float = 2.0) -> bool:

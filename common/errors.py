@@ -314,6 +314,12 @@ class Unhealthy(HerderError):
     code, status, is_retryable = "unhealthy", 502, True
 
 
+class RunFailed(HerderError):
+    """A node's part of a benchmark came to nothing."""
+
+    code, status = "run_failed", 502
+
+
 class Cancelled(HerderError):
     code, status = "cancelled", 409
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import re
 from typing import assert_never
 
-from agent.core import copies, replicas
+from agent.core import copies, replicas, runs
 from agent.core.effects import RunHealthCheck
 from agent.core.events import CommandReceived, HealthChecked
-from agent.core.objects import CopyTask, Outcome, ReplicaTask
+from agent.core.objects import CopyTask, Outcome, ReplicaTask, RunTask
 from agent.core.state import State
 from agent.core.turn import Turn
 from common import errors, ids, limits, wire
@@ -28,7 +28,7 @@ _URL = re.compile(r"(?:https?|tcp)://\S{1,2000}")
 _URL_PATH = re.compile(r"/[!-~]{0,1000}")
 _ENV_NAME = re.compile(r"[^=\0]{1,256}")
 SECONDS_MAX = 30 * 86_400
-Task = CopyTask | ReplicaTask
+Task = CopyTask | ReplicaTask | RunTask
 
 
 def received(turn: Turn, event: CommandReceived) -> None:
@@ -66,6 +66,11 @@ def _say_again(turn: Turn, command: wire.Command, task: Task | None) -> bool:
     outcome = turn.state.outcomes.get(command.op_id)
     if outcome is None or outcome.result.generation != command.generation:
         return False
+    if isinstance(task, RunTask):
+        if outcome.is_acked:
+            return False
+        turn.say(outcome.result)
+        return True
     is_removal = isinstance(command.body, wire.DropCopy | wire.StopReplica)
     if task is not None and is_removal != (task.desired in ("absent", "stopped")):
         return False  # the outcome is the other order's of this generation; removal wins
@@ -83,6 +88,8 @@ def _task(state: State, body: wire.AnyCommand) -> Task | None:
             return state.copy(body.model, body.revision, body.storage)
         case wire.EnsureReplica() | wire.StopReplica():
             return state.replicas.get(body.replica)
+        case wire.EnsureRun() | wire.FireRun() | wire.EndRun():
+            return state.runs.get(body.run)
         case _:
             return None
 
@@ -102,8 +109,14 @@ def _handle(turn: Turn, command: wire.Command) -> None:
             _check_health(turn, command, body)
         case wire.CancelOp():
             _cancel(turn, command, body)
-        case wire.EnsureRun() | wire.FireRun() | wire.EndRun():
-            _refuse(turn, command, errors.Unavailable("this agent takes no part in benchmarks"))
+        case wire.EnsureRun():
+            runs.ensure(turn, command, body)
+        case wire.FireRun():
+            refusal = runs.fire(turn, command, body)
+            if refusal is not None:
+                _refuse(turn, command, refusal)
+        case wire.EndRun():
+            runs.end(turn, command, body)
         case _:
             assert_never(body)
 
@@ -135,6 +148,14 @@ def _check(body: wire.AnyCommand) -> None:
                 _check_replica_id(body.replica)
             elif not _URL.fullmatch(body.url):
                 raise errors.InvalidValue(f"{body.url[:80]!r} cannot be asked", hint="http://, https:// or tcp://")
+        case wire.EnsureRun():
+            runs.check(body)
+        case wire.FireRun():
+            runs.check_id(body.run)
+        case wire.EndRun():
+            runs.check_id(body.run)
+            if body.how not in ("finish", "forget"):
+                raise errors.InvalidValue(f"a run cannot end by {body.how[:40]!r}", hint="finish or forget")
         case _:
             pass
 
@@ -223,6 +244,11 @@ def _cancel(turn: Turn, command: wire.Command, body: wire.CancelOp) -> None:
             if replica.desired == "running" and not replica.is_answered:
                 replicas.cancel(turn, replica)
             break
+    for run in state.runs.values():
+        if (run.op_id, run.generation) == target:
+            if run.state not in runs.ENDED and run.desired != "absent":
+                runs.cancel(turn, run)
+            break
     if state.checks.get(body.target_op_id) == body.target_generation:
         del state.checks[body.target_op_id]
         error = errors.Cancelled("cancelled").info()
@@ -240,7 +266,7 @@ def acked(turn: Turn, op_id: str, generation: int) -> None:
     for replica in list(state.replicas.values()):
         if (replica.op_id, replica.generation) == (op_id, generation):
             replicas.acked(turn, replica)
-    tasks: list[Task] = [*state.copies.values(), *state.replicas.values()]
+    tasks: list[Task] = [*state.copies.values(), *state.replicas.values(), *state.runs.values()]
     is_held = any((task.op_id, task.generation) == (op_id, generation) for task in tasks)
     if is_held:
         turn.delete("outcome", op_id, "result_acknowledged", cause=op_id)

@@ -85,6 +85,54 @@ class RunHealthCheck(Effect, frozen=True):
     port: int = 0
 
 
+# runs: parts of benchmarks
+class SpawnRun(Effect, frozen=True):
+    """Make a run's directory and process. Answered by RunStarted, then RunSaid, and by RunEnded in the end."""
+
+    order: wire.EnsureRun
+    generation: int
+
+
+class AttachRun(Effect, frozen=True):
+    """Find a process of an agent before us again. Answered as SpawnRun."""
+
+    run: str
+    generation: int
+    kind: str
+    pid: int
+    start_ticks: int
+
+
+class StartRun(Effect, frozen=True):
+    """Tell an armed load generator when to begin; said again it changes nothing."""
+
+    run: str
+    generation: int
+    start_boottime_ns: int
+
+
+class SignalRun(Effect, frozen=True):
+    """Tell a run to finish, or kill all its processes when `is_kill`. Leads to RunEnded."""
+
+    run: str
+    generation: int
+    is_kill: bool
+
+
+class UploadRun(Effect, frozen=True):
+    """Send a run's artifacts to the head until it has taken them. Answered by RunUploaded."""
+
+    run: str
+    generation: int
+    kind: str
+
+
+class ForgetRun(Effect, frozen=True):
+    """Kill a run's processes, delete its directory. Answered by RunForgotten."""
+
+    run: str
+
+
 class SendMessage(Effect, frozen=True):
     """To the head, in this session; dropped when that has ended."""
 

@@ -158,6 +158,59 @@ class ReplicaProbed(Event, frozen=True):
     gpu_memory_bytes: int = 0
 
 
+# runs: parts of benchmarks
+class RunStarted(Event, frozen=True):
+    """A run's process is there: just made, or found again after a restart of the agent."""
+
+    run: str
+    generation: int
+    pid: int
+    start_ticks: int
+
+
+class RunSaid(Event, frozen=True):
+    """What a run's process writes of itself. state: preparing | armed | running | ended | failed."""
+
+    run: str
+    generation: int
+    state: str
+    digest: str = ""
+    start_boottime_ns: int = 0
+    late_ms: int = 0
+    error: ErrorInfo | None = None
+
+
+class RunEnded(Event, frozen=True):
+    """No process of a run is there (any more). `said`: the last that it wrote of itself.
+
+    exit_code None: not known. was_there: there are traces of a process. `error`: why none could be made.
+    """
+
+    run: str
+    generation: int
+    said: RunSaid | None = None
+    exit_code: int | None = None
+    last_log: tuple[str, ...] = ()
+    was_there: bool = True
+    error: ErrorInfo | None = None
+
+
+class RunUploaded(Event, frozen=True):
+    """The head has taken these artifacts, or (`error`) will not take them."""
+
+    run: str
+    generation: int
+    artifacts: tuple[str, ...] = ()
+    error: ErrorInfo | None = None
+
+
+class RunForgotten(Event, frozen=True):
+    """Processes and files of a run are gone. `left`: processes that are still there after SIGKILL."""
+
+    run: str
+    left: tuple[int, ...] = ()
+
+
 class HealthChecked(Event, frozen=True):
     """The answer to RunHealthCheck."""
 

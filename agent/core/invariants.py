@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from agent.core import runs
 from agent.core.copies import WORKING
 from agent.core.replicas import ENDED
 from agent.core.state import State
+from common import limits
 
 COPY_STATES = WORKING | {"ready", "failed"}
 REPLICA_STATES = frozenset({"waiting_copy", "starting", "ready", "unhealthy", "stopping", "stopped", "failed"})
@@ -14,7 +16,7 @@ REPLICA_STATES = frozenset({"waiting_copy", "starting", "ready", "unhealthy", "s
 
 def check_invariants(state: State) -> None:
     """Raises AssertionError that names every broken rule."""
-    broken = [*_asks(state), *_copies(state), *_replicas(state), *_outcomes(state)]
+    broken = [*_asks(state), *_copies(state), *_replicas(state), *_runs(state), *_outcomes(state)]
     assert not broken, "; ".join(broken[:20])
 
 
@@ -57,6 +59,27 @@ def _replicas(state: State) -> Iterator[str]:
             yield f"{key}: restarted {task.restarts} times"
         if engine.is_ending and not engine.kill_at_ms:
             yield f"{key}: ends without a deadline"
+
+
+def _runs(state: State) -> Iterator[str]:
+    at_work = 0
+    for key, task in state.runs.items():
+        process = state.process(key)
+        at_work += task.state in runs.AT_WORK
+        if task.state not in runs.AT_WORK | runs.ENDED | {"uploading"}:
+            yield f"{key}: state {task.state}"
+        if task.state in runs.ENDED and not task.is_answered:
+            yield f"{key}: {task.state}, and nobody was told"
+        if task.state == "failed" and task.error is None:
+            yield f"{key}: failed without a reason"
+        if task.desired == "absent" and process.phase != "forgetting":
+            yield f"{key}: shall be forgotten, but is {process.phase}"
+        if process.phase == "uploading" and task.state != "uploading":
+            yield f"{key}: sends its files, but is {task.state}"
+        if task.fire_boottime_ns and (task.order.kind != "load" or task.state == "preparing"):
+            yield f"{key}: fired while {task.state}"
+    if at_work > limits.RUNS_PER_NODE:
+        yield f"{at_work} runs at a time"
 
 
 def _outcomes(state: State) -> Iterator[str]:

@@ -110,6 +110,40 @@ class ReplicaTask(Object, frozen=True):
         return self.order.replica
 
 
+class RunTask(Object, frozen=True):
+    """One part of a benchmark that shall or shall not run here.
+
+    desired: present | finished | absent. States as wire.RunStatus. Of `order` the spec and the token are kept only
+    until a process has them.
+    """
+
+    KIND = "run"
+    order: wire.EnsureRun
+    generation: int
+    op_id: str
+    cause: str
+    desired: str
+    state: str
+    ordered_ms: int
+    pid: int = 0
+    start_ticks: int = 0
+    digest: str = ""
+    fire_boottime_ns: int = 0  # the start that was ordered
+    start_boottime_ns: int = 0  # when it began
+    late_ms: int = 0  # how long after the ordered start
+    ended_ms: int = 0
+    artifacts: tuple[str, ...] = ()  # names of what the head holds
+    end_op_id: str = ""  # of the EndRun that waits for it to be gone
+    end_generation: int = 0
+    is_answered: bool = False
+    error: ErrorInfo | None = None
+    last_log: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return self.order.run
+
+
 class Outcome(Object, frozen=True):
     """How a command ended; kept until acknowledged, then as a fence where no task holds the generation."""
 
@@ -123,7 +157,7 @@ class Outcome(Object, frozen=True):
         return self.result.op_id
 
 
-KINDS: dict[str, type[Object]] = {cls.KIND: cls for cls in (Meta, CopyTask, ReplicaTask, Outcome)}
+KINDS: dict[str, type[Object]] = {cls.KIND: cls for cls in (Meta, CopyTask, ReplicaTask, RunTask, Outcome)}
 
 
 class Record(msgspec.Struct, frozen=True):

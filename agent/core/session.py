@@ -10,7 +10,7 @@ import zlib
 import msgspec
 from msgspec.structs import replace
 
-from agent.core import copies, replicas
+from agent.core import copies, replicas, runs
 from agent.core.effects import AskMover, CloseSession, NoteLease
 from agent.core.events import LeaseAcked, SessionClosed, SessionOpened
 from agent.core.objects import Meta
@@ -143,6 +143,9 @@ def report(state: State) -> wire.Report:
         for replica in state.replicas.values()
         if not replica.is_answered
     ]
+    running += [
+        wire.OpStatus(run.op_id, run.generation, "running") for run in state.runs.values() if not run.is_answered
+    ]
     running += [wire.OpStatus(op_id, generation, "running") for op_id, generation in state.checks.items()]
     ended = [
         wire.OpStatus(outcome.key, outcome.result.generation, _ENDED.get(outcome.result.outcome, "failed"))
@@ -154,6 +157,7 @@ def report(state: State) -> wire.Report:
         copies=tuple(copies.status(state, state.copies[key]) for key in sorted(state.copies)),
         replicas=tuple(replicas.status(state, state.replicas[key]) for key in sorted(state.replicas)),
         ops=tuple(sorted(running + ended, key=lambda op: (op.op_id, op.generation))),
+        runs=tuple(runs.status(state.runs[key]) for key in sorted(state.runs)),
     )
 
 
@@ -181,7 +185,7 @@ def _paged(whole: wire.Report) -> list[wire.Report]:
         held.clear()
         size = 0
 
-    for name in ("copies", "replicas", "ops"):
+    for name in ("copies", "replicas", "ops", "runs"):
         for item in getattr(whole, name):
             item_bytes = len(_encode(item)) + 1
             if size and size + item_bytes > limits.REPORT_PAGE_BYTES:
@@ -202,6 +206,8 @@ _ENDED = {"ok": "done", "failed": "failed", "cancelled": "cancelled"}
 
 
 def digest_of(report: wire.Report) -> int:
-    """31 bits over the report's copies and replicas without what changes all the time (bytes moved, ops); never 0."""
+    """31 bits over the report's copies, replicas and runs, without what changes all the time (bytes moved, ops);
+    never 0.
+    """
     still = [replace(copy, bytes_done=0, bytes_total=0) for copy in report.copies]
-    return (zlib.crc32(_encode((still, report.replicas))) & 0x7FFFFFFF) or 1
+    return (zlib.crc32(_encode((still, report.replicas, report.runs))) & 0x7FFFFFFF) or 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from agent.core.objects import CopyTask, Meta, Object, Outcome, Record, ReplicaTask, copy_key
+from agent.core.objects import CopyTask, Meta, Object, Outcome, Record, ReplicaTask, RunTask, copy_key
 from common.errors import ErrorInfo
 from common.wire import Report
 
@@ -55,6 +55,18 @@ class Engine:
 
 
 @dataclass(slots=True)
+class RunProcess:
+    """What is known of a run's process and files.
+
+    phase: none | unknown (looked for) | spawning | alive | uploading | forgetting.
+    """
+
+    phase: str = "none"
+    is_told: bool = False  # that it shall finish
+    again_ms: int = 0  # when forgetting is tried again, Herder time; 0: it is under way
+
+
+@dataclass(slots=True)
 class State:
     """Everything the agent knows."""
 
@@ -62,6 +74,7 @@ class State:
     meta: Meta = field(default_factory=Meta)
     copies: dict[str, CopyTask] = field(default_factory=dict)
     replicas: dict[str, ReplicaTask] = field(default_factory=dict)
+    runs: dict[str, RunTask] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     # volatile
@@ -80,6 +93,7 @@ class State:
     ask_count: int = 0
     moving: dict[str, Moving] = field(default_factory=dict)  # by copy key
     engines: dict[str, Engine] = field(default_factory=dict)  # by replica
+    processes: dict[str, RunProcess] = field(default_factory=dict)  # by run
     checks: dict[str, int] = field(default_factory=dict)  # op_id -> generation, of checks under way
     results_sent_ms: dict[str, int] = field(default_factory=dict)  # op_id -> when last sent in this session
     digest: int = 0
@@ -100,6 +114,10 @@ class State:
         """What is known of a replica's process."""
         return self.engines.setdefault(replica, Engine())
 
+    def process(self, run: str) -> RunProcess:
+        """What is known of a run's process."""
+        return self.processes.setdefault(run, RunProcess())
+
 
 def apply(state: State, record: Record) -> None:
     """Puts or deletes the record's object. Total: a kind of a later version is ignored."""
@@ -110,6 +128,8 @@ def apply(state: State, record: Record) -> None:
             state.copies[record.key] = record.body
         case ReplicaTask():
             state.replicas[record.key] = record.body
+        case RunTask():
+            state.runs[record.key] = record.body
         case Outcome():
             state.outcomes[record.key] = record.body
         case None:
@@ -140,6 +160,11 @@ def _delete_replica(state: State, key: str) -> None:
     state.engines.pop(key, None)
 
 
+def _delete_run(state: State, key: str) -> None:
+    state.runs.pop(key, None)
+    state.processes.pop(key, None)
+
+
 def _delete_outcome(state: State, key: str) -> None:
     state.outcomes.pop(key, None)
     state.results_sent_ms.pop(key, None)
@@ -148,5 +173,6 @@ def _delete_outcome(state: State, key: str) -> None:
 _DELETE: dict[str, Callable[[State, str], None]] = {
     CopyTask.KIND: _delete_copy,
     ReplicaTask.KIND: _delete_replica,
+    RunTask.KIND: _delete_run,
     Outcome.KIND: _delete_outcome,
 }

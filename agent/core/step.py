@@ -11,7 +11,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from agent.core import commands, copies, replicas, session
+from agent.core import commands, copies, replicas, runs, session
 from agent.core import events as ev
 from agent.core.state import NEVER_MS, Moving, State
 from agent.core.turn import Turn
@@ -31,6 +31,7 @@ def step(state: State, event: ev.Event, now_ms: int) -> Turn:
         handler(turn, event)
     copies.expire(turn)
     replicas.tick(turn)
+    runs.tick(turn)
     _settle(turn)
     session.tell(turn)
     state.wake_ms = _wake_ms(state, now_ms)
@@ -50,7 +51,7 @@ def _settle(turn: Turn) -> None:
 
 
 def _wake_ms(state: State, now_ms: int) -> int:
-    due = min(replicas.wake_ms(state, now_ms), session.wake_ms(state, now_ms))
+    due = min(replicas.wake_ms(state, now_ms), runs.wake_ms(state, now_ms), session.wake_ms(state, now_ms))
     deadlines = (task.deadline_ms for task in state.copies.values() if task.deadline_ms)
     return min(due, min(deadlines, default=NEVER_MS))
 
@@ -63,7 +64,9 @@ def _started(turn: Turn, event: ev.AgentStarted) -> None:
     before = state.meta.boot_id
     if before != event.boot_id:
         turn.put(replace(state.meta, boot_id=event.boot_id), "boot_noticed", cause=event.boot_id)
-    replicas.attach_all(turn, is_rebooted=bool(before) and before != event.boot_id)
+    is_rebooted = bool(before) and before != event.boot_id
+    replicas.attach_all(turn, is_rebooted=is_rebooted)
+    runs.attach_all(turn, is_rebooted=is_rebooted)
 
 
 def _mover_moved(turn: Turn, event: ev.MoverMoved) -> None:
@@ -128,9 +131,15 @@ _HANDLERS: dict[type[ev.Event], Callable[[Turn, Any], None]] = {
     ev.ReplicaSpawnFailed: replicas.spawn_failed,
     ev.ReplicaExited: replicas.exited,
     ev.ReplicaProbed: replicas.probed,
+    ev.RunStarted: runs.started,
+    ev.RunSaid: runs.said,
+    ev.RunEnded: runs.ended,
+    ev.RunUploaded: runs.uploaded,
+    ev.RunForgotten: runs.forgotten,
     ev.HealthChecked: commands.health_checked,
 }
 _RECONCILERS: dict[str, Callable[[Turn, str], None]] = {
     "copy": copies.reconcile,
     "replica": replicas.reconcile,
+    "run": runs.reconcile,
 }
