@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 LATENCIES = ("ttft", "ttft_sched", "tpot", "itl", "e2e", "e2e_sched")
 SHARES = ("p50", "p90", "p99")
@@ -55,7 +55,7 @@ def figures_of(report: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if is_number(value)}
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -12,11 +12,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from common.bench.figures import told
+from common.bench.markup import Markup
 
 UNITS = 10_000
 COLOURS = 8  # classes s0 to s7 in the style sheet
 DECADE_TICKS = 9
+
+
+def tick_told(value: float) -> str:
+    """A round value as short as it goes: `0.5`, `20`, `1,500`, `2.5M`."""
+    size = abs(value)
+    for least, name in ((1e9, "G"), (1e6, "M"), (1e5, "k")):
+        if size >= least:
+            return f"{value / (1e3 if name == 'k' else least):.6g}{name}"
+    return f"{value:,.6g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +36,7 @@ class Scale:
     high: float
     is_log: bool = False
     label: str = ""
-    format: Callable[[float], str] = told
+    format: Callable[[float], str] = tick_told
 
     def at(self, value: float) -> float:
         """Where a value lies: 0 at the low end, 1 at the high one."""
@@ -53,7 +62,7 @@ def scale_of(
     label: str = "",
     is_log: bool = False,
     from_zero: bool = True,
-    format: Callable[[float], str] = told,
+    format: Callable[[float], str] = tick_told,
 ) -> Scale:
     """An axis on which all values have room. A log axis leaves out what is not above 0."""
     kept = [value for value in values if value is not None and math.isfinite(value) and (value > 0 or not is_log)]
@@ -108,7 +117,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A point with an explanation. kind: dot, ring (does not count), or flag (its label is written beside it)."""
+    """A point with an explanation. kind: dot, ring (does not count), or drop (a line down to its label)."""
 
     x: float
     y: float
@@ -220,7 +229,7 @@ def _percent(share: float) -> str:
     return f"{_held(share) * 100:.2f}".rstrip("0").rstrip(".") + "%"
 
 
-def draw(chart: Chart) -> str:
+def draw(chart: Chart) -> Markup:
     """The chart as a <figure>. Every text in it is escaped."""
     named = [line for line in chart.lines if line.name]
     legend = ""
@@ -231,8 +240,8 @@ def draw(chart: Chart) -> str:
     note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
     unit = f' <span class="unit">{escape(chart.unit)}</span>' if chart.unit else ""
     group = f' data-group="{escape(chart.group)}"' if chart.group else ""
-    inside = "".join((_grid(chart), _bands(chart), _curves(chart), _rules(chart), _marks(chart)))
-    return (
+    inside = "".join((_grid(chart), _bands(chart), _curves(chart), _marks(chart), _rules(chart)))
+    return Markup(
         f'<figure class="chart"><figcaption><b>{escape(chart.title)}</b>{unit}{legend}</figcaption>'
         f'<div class="frame"><svg class="plot" width="100%" height="{chart.height}" role="img"'
         f' aria-label="{escape(_spoken(chart))}" data-x="{_wire(chart.x)}" data-y="{_wire(chart.y)}"'
@@ -255,18 +264,26 @@ def _wire(scale: Scale) -> str:
 
 
 def _grid(chart: Chart) -> str:
-    parts = []
+    """Lines behind everything as one path, and the axes' words."""
+    d, parts = "", []
     for value in chart.y.ticks(max(3, chart.height // 34)):
-        at = _percent(1 - chart.y.at(value))
-        parts.append(f'<line class="grid" x2="100%" y1="{at}" y2="{at}"/>')
-        parts.append(f'<text class="yt" x="-6" y="{at}" dy=".32em">{escape(chart.y.format(value))}</text>')
+        share = 1 - chart.y.at(value)
+        d += f"M0 {round(_held(share) * UNITS)}h{UNITS}"
+        parts.append(f'<text class="yt" x="-6" y="{_percent(share)}" dy=".32em">{escape(chart.y.format(value))}</text>')
     for value in chart.x.ticks(6):
-        at = _percent(chart.x.at(value))
-        parts.append(f'<line class="grid" x1="{at}" x2="{at}" y2="100%"/>')
-        parts.append(f'<text class="xt" x="{at}" y="100%" dy="15">{escape(chart.x.format(value))}</text>')
+        share = chart.x.at(value)
+        d += f"M{round(_held(share) * UNITS)} 0v{UNITS}"
+        parts.append(f'<text class="xt" x="{_percent(share)}" y="100%" dy="15">{escape(chart.x.format(value))}</text>')
     if chart.x.label:
         parts.append(f'<text class="xl" x="100%" y="100%" dy="28">{escape(chart.x.label)}</text>')
-    return "".join(parts)
+    return _stretched(f'<path class="grid" vector-effect="non-scaling-stroke" d="{d}"/>') + "".join(parts)
+
+
+def _stretched(paths: str) -> str:
+    return (
+        f'<svg class="lines" viewBox="0 0 {UNITS} {UNITS}" preserveAspectRatio="none" width="100%" height="100%">'
+        f"{paths}</svg>"
+    )
 
 
 def _bands(chart: Chart) -> str:
@@ -292,10 +309,7 @@ def _curves(chart: Chart) -> str:
             parts.append(f'<path class="{style}" vector-effect="non-scaling-stroke"{name} d="{d}"/>')
     if not parts:
         return '<text class="none" x="50%" y="50%">no samples</text>'
-    return (
-        f'<svg class="lines" viewBox="0 0 {UNITS} {UNITS}" preserveAspectRatio="none" width="100%" height="100%">'
-        f"{''.join(parts)}</svg>"
-    )
+    return _stretched("".join(parts))
 
 
 def _rules(chart: Chart) -> str:
@@ -323,16 +337,17 @@ def _rules(chart: Chart) -> str:
 
 
 def _marks(chart: Chart) -> str:
-    parts = []
+    parts, drops = [], 0
     for mark in chart.marks:
         across, down = chart.x.at(mark.x), 1 - chart.y.at(mark.y)
-        place = f'cx="{_percent(across)}" cy="{_percent(down)}"'
+        if mark.kind == "drop":
+            # Each label a line above the one before: under a rising curve there is room for them.
+            at, level = _percent(across), _percent(0.94 - 0.12 * drops)
+            side = ' class="ft end" dx="-5"' if across > 0.7 else ' class="ft" dx="5"'
+            parts.append(f'<line class="drop" x1="{at}" x2="{at}" y1="{_percent(down)}" y2="100%"/>')
+            parts.append(f'<text{side} x="{at}" y="{level}">{escape(mark.label)}</text>')
+            drops += 1
         style = f"{'ring' if mark.kind == 'ring' else 'dot'} s{mark.colour % COLOURS}"
+        place = f'cx="{_percent(across)}" cy="{_percent(down)}"'
         parts.append(f'<circle class="{style}" {place} r="3.5"><title>{escape(mark.label)}</title></circle>')
-        if mark.kind == "flag":
-            anchor = ' class="ft end" dx="-7"' if across > 0.6 else ' class="ft" dx="7"'
-            parts.append(
-                f'<text{anchor} x="{_percent(across)}" y="{_percent(down)}" dy="{12 if down < 0.12 else 4}">'
-                f"{escape(mark.label)}</text>"
-            )
     return "".join(parts)
