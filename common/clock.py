@@ -19,9 +19,22 @@ class Clock(Protocol):
         ...
 
 
+class FineClock(Clock, Protocol):
+    """The same time with a finer grain, for comparing it with another machine's clock."""
+
+    def now_ns(self) -> int:
+        """Herder time in nanoseconds; `now_ms` is its whole milliseconds."""
+        ...
+
+
+def boottime_ns() -> int:
+    """Nanoseconds since this machine booted, suspend included."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
 def boottime_ms() -> int:
     """Milliseconds since this machine booted, suspend included."""
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
+    return boottime_ns() // 1_000_000
 
 
 class SystemClock:
@@ -33,6 +46,10 @@ class SystemClock:
     def now_ms(self) -> int:
         return self._base_ms + boottime_ms()
 
+    def now_ns(self) -> int:
+        """Herder time in nanoseconds."""
+        return self._base_ms * 1_000_000 + boottime_ns()
+
 
 class ManualClock:
     """A clock that tests and the simulator move by hand."""
@@ -42,6 +59,10 @@ class ManualClock:
 
     def now_ms(self) -> int:
         return self._now_ms
+
+    def now_ns(self) -> int:
+        """Herder time in nanoseconds."""
+        return self._now_ms * 1_000_000
 
     def advance(self, ms: int) -> int:
         """Moves time forward and returns it."""

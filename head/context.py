@@ -19,6 +19,7 @@ from common import ids
 from common.clock import Clock
 
 if TYPE_CHECKING:
+    from head.bench.performer import Performer
     from head.config import HeadConfig
     from head.driver import Driver
     from head.feed import Feed
@@ -60,7 +61,8 @@ class RandomIds:
 class HeadContext:
     """The head's shell. `gateway_routes` adds the gateway's routes to the app; None: no gateway.
 
-    `recipe_paths` tells where each recipe in `driver.state.recipes` was read, relative to the recipes folder.
+    `recipe_paths` and `benchmark_paths` tell where each recipe in `driver.state` was read, relative to the recipes
+    folder.
     """
 
     driver: Driver
@@ -74,3 +76,5 @@ class HeadContext:
     version: str
     recipe_paths: dict[str, str] = field(default_factory=dict)
     gateway_routes: Callable[[web.Application], None] | None = None
+    benchmarks: Performer | None = None  # None: this head keeps no results
+    benchmark_paths: dict[str, str] = field(default_factory=dict)

@@ -24,7 +24,20 @@ from common.errors import ErrorInfo, HerderError, Internal, TimedOut, Unavailabl
 from common.tasks import Supervisor
 from common.telemetry import fields, ticks
 from common.wire import Message
-from head.core.effects import Alarm, CloseSession, Drain, Effect, EndDrain, Refuse, Reply, Send
+from head.core.effects import (
+    Alarm,
+    CloseSession,
+    Drain,
+    Effect,
+    EndDrain,
+    JudgePoint,
+    MeasureClock,
+    Refuse,
+    RemoveBenchmark,
+    Reply,
+    Send,
+    WriteBenchmark,
+)
 from head.core.events import Event, ReplicaIdle, RequestEvent, Ticked
 from head.core.state import State
 from head.core.turn import Turn
@@ -79,6 +92,17 @@ class Drainer(Protocol):
         ...
 
 
+BenchEffect = JudgePoint | MeasureClock | RemoveBenchmark | WriteBenchmark
+
+
+class Performer(Protocol):
+    """Who measures clocks, judges points and keeps results: head/bench."""
+
+    def perform(self, effect: BenchEffect) -> None:
+        """Begins what the core asks for; its answer is an event. Never blocks."""
+        ...
+
+
 def _core_step(state: State, event: Event, now_ms: int) -> Turn:
     from head.core.step import step  # the whole core; tests of the shell bring a step of their own
 
@@ -106,6 +130,7 @@ class Driver:
         self.step_seconds = 0.0
         self.on_lag: Callable[[int], None] | None = None  # told how late each tick was
         self.drainer: Drainer | None = None  # None: nothing is ever on its way to an engine
+        self.performer: Performer | None = None  # None: benchmarks do not go on
         self.last_tick_boottime_ms = boottime_ms()  # when the last tick was handled: what the watchdog looks at
         self.started_boottime_ms = boottime_ms()
         self._feed = feed
@@ -396,6 +421,9 @@ class Driver:
             case EndDrain():
                 if self.drainer is not None:
                     self.drainer.end_drain(effect.replica)
+            case JudgePoint() | MeasureClock() | RemoveBenchmark() | WriteBenchmark():
+                if self.performer is not None:
+                    self.performer.perform(effect)
             case Alarm():
                 self._alarm(effect)
             case _:

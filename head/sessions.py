@@ -19,7 +19,7 @@ import msgspec
 from aiohttp import WSCloseCode, web
 
 from common import ids, limits, wire
-from common.clock import Clock, boottime_ms
+from common.clock import FineClock, boottime_ms
 from common.errors import (
     ErrorInfo,
     Forbidden,
@@ -33,6 +33,8 @@ from common.errors import (
 from common.telemetry import fields
 from head import frames, websocket
 from head.auth import authenticate, hash_secret, is_good
+from head.bench.clocks import Clocks
+from head.bench.live import Live
 from head.context import IdSource
 from head.core import events as ev
 from head.driver import Driver
@@ -123,9 +125,11 @@ class Session(websocket.Socket):
 class Sessions:
     """All sessions. `handle_agent` is mounted by the API at GET /api/v1/agent."""
 
-    def __init__(self, driver: Driver, clock: Clock, ids: IdSource, *, is_tls: bool = False) -> None:
+    def __init__(self, driver: Driver, clock: FineClock, ids: IdSource, *, is_tls: bool = False) -> None:
         self.counts: Counter[str] = Counter()  # frames by kind and direction, refusals: read by the metrics
         self.logs = LogBroker(driver.state, ids, self.send)
+        self.clocks = Clocks(clock, self.send, driver.post)
+        self.live = Live(driver.state)
         self._driver = driver
         self._clock = clock
         self._ids = ids
@@ -143,6 +147,12 @@ class Sessions:
     ) -> AsyncIterator[wire.LogChunk]:
         """See `LogBroker.open_log`."""
         return self.logs.open_log(replica, run, tail, follow)
+
+    def key_of(self, node: str) -> str:
+        """The key that a node's open session came with; "" when it has none."""
+        live = self._driver.state.live.get(node)
+        session = self._open.get(live.session_id) if live is not None else None
+        return session.key_id if session is not None else ""
 
     # the driver's outlet
 
@@ -244,6 +254,7 @@ class Sessions:
             return
         reason = session.reason or (f"closed with {session.close_code}" if session.close_code else "connection lost")
         self.logs.session_closed(session.id)
+        self.clocks.session_closed(session.id)
         self._driver.post(ev.SessionClosed(session.node, session.id, reason))
 
     def _hello(self, session: Session, frame: bytes) -> wire.Hello:
@@ -306,6 +317,10 @@ class Sessions:
     def _take_other(self, session: Session, message: wire.Message) -> None:
         if isinstance(message, wire.LogChunk):
             self.logs.take(message, session.id)
+        elif isinstance(message, wire.RunTick):
+            self.live.take(session.node, message, self._clock.now_ms())
+        elif isinstance(message, wire.ClockTold):
+            self.clocks.take(message, session.id)
         else:
             self._bad(session, InvalidRequest(f"an agent does not say {wire.KINDS[type(message)]!r} here"))
 

@@ -1,0 +1,1 @@
+"""Benchmarks at the head, outside the core: their files, what their runs send, judging, clocks, the live view."""

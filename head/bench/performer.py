@@ -1,0 +1,249 @@
+"""What the core asks for about benchmarks, done: clocks measured, points judged, results written and removed.
+
+Each effect is a task; its answer is an event. An effect that is asked for again while it is on its way is not begun
+twice. Whatever goes wrong is an answer as well, so that no benchmark waits for what will not come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from common import limits
+from common.errors import ErrorInfo, HerderError, Internal
+from common.tasks import Supervisor
+from common.telemetry import fields
+from head.api import render_benchmarks
+from head.bench.judge import Judges
+from head.bench.live import Live
+from head.bench.questions import Judge, Judged, PartFile, Write
+from head.bench.store import Store
+from head.bench.uploads import Uploads
+from head.core import benchmark_facts
+from head.core.effects import JudgePoint, MeasureClock, RemoveBenchmark, WriteBenchmark
+from head.core.events import BenchmarkWritten, PointJudged
+from head.core.objects import Benchmark, Part, Point, point_key
+
+if TYPE_CHECKING:
+    from head.driver import BenchEffect, Driver
+    from head.sessions import Sessions
+
+log = logging.getLogger(__name__)
+LOAD_FILE = "load.bin"
+LOGS_AT_ONCE = 8
+LOG_S = 120.0
+SWEEP_S = 1.0
+
+
+class Performer:
+    """The benchmarks' part of the shell."""
+
+    def __init__(self, driver: Driver, sessions: Sessions, store: Store, judges: Judges | None = None) -> None:
+        self.store = store
+        self.judges = judges or Judges()
+        self.uploads = Uploads(store)
+        self._driver = driver
+        self._sessions = sessions
+        self._tasks = Supervisor("benchmarks")
+        self._is_closed = False
+        self._running: dict[str, tuple[int, asyncio.Task[None]]] = {}  # what is asked for -> generation, task
+
+    @property
+    def live(self) -> Live:
+        """What running benchmarks do."""
+        return self._sessions.live
+
+    async def start(self) -> None:
+        """Removes what a crash left behind; from then on effects are performed."""
+        gone = await asyncio.to_thread(self.store.remove_leftovers, set(self._driver.state.benchmarks))
+        if gone:
+            log.warning("results of unknown benchmarks were removed", extra=fields(benchmarks=gone))
+        self._tasks.start("live", self._sweep())
+
+    async def close(self) -> None:
+        """Ends what is on its way; the core asks again after the next start."""
+        self._is_closed = True
+        await self._tasks.close()
+        await self._sessions.clocks.close()
+
+    def perform(self, effect: BenchEffect) -> None:
+        """Begins what the core asks for. Never blocks."""
+        match effect:
+            case MeasureClock(node=node, session_id=session_id):
+                self._sessions.clocks.measure(node, session_id)
+            case JudgePoint():
+                self._start(f"{effect.benchmark}/point {effect.point}", effect.generation, lambda: self._judge(effect))
+            case WriteBenchmark():
+                self._start(f"{effect.benchmark}/write", effect.generation, lambda: self._write(effect))
+            case RemoveBenchmark(benchmark=benchmark):
+                self._start(f"{benchmark}/remove", 0, lambda: self._remove(benchmark))
+
+    def _start(self, what: str, generation: int, work: Callable[[], Awaitable[None]]) -> None:
+        if self._is_closed:
+            return  # the core asks again after the next start
+        running = self._running.get(what)
+        if running is not None and running[0] == generation:
+            return
+        before = running[1] if running is not None else None
+
+        async def run() -> None:
+            if before is not None:  # of an older generation: nobody waits for its answer
+                before.cancel()
+                await asyncio.wait([before])
+            await work()
+
+        task = self._tasks.start(what, run())
+        self._running[what] = (generation, task)
+        task.add_done_callback(lambda done: self._forget(what, done))
+
+    def _forget(self, what: str, task: asyncio.Task[None]) -> None:
+        running = self._running.get(what)
+        if running is not None and running[1] is task:
+            del self._running[what]
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self.live.sweep()
+
+    # judging
+
+    async def _judge(self, effect: JudgePoint) -> None:
+        judged, error = Judged(False, (), {}), None
+        try:
+            judged = await self.judges.ask(self.question_of(effect), Judged)
+        except Exception as failure:  # noqa: BLE001 - the border: a point that waits for its judge waits for ever
+            error = _info(failure, "a point could not be judged")
+        self._driver.post(
+            PointJudged(
+                effect.benchmark,
+                effect.generation,
+                effect.point,
+                judged.is_valid,
+                judged.reasons,
+                judged.figures,
+                error,
+            )
+        )
+
+    def question_of(self, effect: JudgePoint) -> Judge:
+        """What the child is asked about a point. Raises: Internal when there is no such point."""
+        state = self._driver.state
+        benchmark = state.benchmarks.get(effect.benchmark)
+        point = state.points.get(point_key(effect.benchmark, effect.point))
+        if benchmark is None or point is None:
+            raise Internal("there is no such point", benchmark=effect.benchmark, point=effect.point)
+        parts = point.parts or tuple(
+            Part(run.id, run.node, run.state, run.artifacts, run.error)
+            for run in benchmark_facts.load_runs(state, point)
+        )
+        return Judge(
+            folder=str(self.store.point(benchmark.id, point.number)),
+            parts=tuple(self._part_file(benchmark.id, number, part) for number, part in enumerate(parts)),
+            skew_ms=point.skew_ms,
+            mlperf=benchmark_facts.recipe_of(benchmark).mlperf,
+            about=_about(benchmark, point),
+        )
+
+    def _part_file(self, benchmark: str, number: int, part: Part) -> PartFile:
+        path = str(self.store.run(benchmark, part.run) / LOAD_FILE) if LOAD_FILE in part.artifacts else ""
+        return PartFile(number, part.node, part.run, path, part.state, part.error)
+
+    # writing
+
+    async def _write(self, effect: WriteBenchmark) -> None:
+        error: ErrorInfo | None = None
+        try:
+            benchmark = self._driver.state.benchmarks.get(effect.benchmark)
+            if benchmark is None:
+                return
+            if benchmark_facts.recipe_of(benchmark).logs:
+                await self._collect_logs(benchmark)
+            await self._write_pages(benchmark)
+        except Exception as failure:  # noqa: BLE001 - the border: a benchmark that waits for its report waits for ever
+            error = _info(failure, "a benchmark's report could not be written")
+        self._driver.post(BenchmarkWritten(effect.benchmark, effect.generation, error))
+
+    async def _write_pages(self, benchmark: Benchmark) -> None:
+        view = render_benchmarks.benchmark_view(self._driver.state, benchmark)
+        plain = render_benchmarks.as_ended(view, benchmark, self._driver.clock.now_ms())
+        folder = self.store.folder(benchmark.id)
+        body = await asyncio.to_thread(msgspec.json.encode, plain)
+        await asyncio.to_thread(self.store.write, folder / "benchmark.json", body)
+        await self.judges.ask(Write(str(folder), plain), list[str])
+
+    async def _collect_logs(self, benchmark: Benchmark) -> None:
+        """The logs of the service's engines, each as far as it can be had; what went wrong stands at its end."""
+        gate = asyncio.Semaphore(LOGS_AT_ONCE)
+
+        async def one(replica: str) -> None:
+            async with gate:
+                text = await self._log_of(replica)
+                await asyncio.to_thread(self.store.write, self.store.log(benchmark.id, replica), text)
+
+        async with asyncio.TaskGroup() as group:
+            for replica in sorted(self._driver.state.replicas_by_service.get(benchmark.service, ())):
+                group.create_task(one(replica), name=f"log of {replica}")
+
+    async def _log_of(self, replica: str) -> bytes:
+        found: list[bytes] = []
+        size = 0
+        try:
+            async with (
+                asyncio.timeout(LOG_S),
+                aclosing(  # type: ignore[type-var]
+                    self._sessions.open_log(replica, tail=limits.LOG_TAIL_LINES)
+                ) as chunks,
+            ):
+                async for chunk in chunks:
+                    found.append(chunk.data.encode())
+                    size += len(found[-1])
+                    if size > limits.LOG_BYTES_PER_REPLICA:
+                        break
+        except HerderError as error:
+            found.append(f"\n[herder: the log ends here: {error.message}]\n".encode())
+        except TimeoutError:
+            found.append(f"\n[herder: the log ends here: more did not come within {LOG_S:g} s]\n".encode())
+        return b"".join(found)
+
+    # removing
+
+    async def _remove(self, benchmark: str) -> None:
+        for what, (_, task) in [*self._running.items()]:
+            if what.startswith(f"{benchmark}/") and task is not asyncio.current_task():
+                task.cancel()
+                await asyncio.wait([task])
+        await asyncio.to_thread(self.store.remove, benchmark)
+
+
+def _about(benchmark: Benchmark, point: Point) -> dict[str, Any]:
+    """What stands in a point's report beside what was measured."""
+    return {
+        "benchmark": {"id": benchmark.id, "name": benchmark.name, "created_ms": benchmark.created_ms},
+        "recipe": benchmark.recipe,
+        "recipe_sha256": benchmark.recipe_sha256,
+        "point": {
+            "number": point.number,
+            "changes": point.changes,
+            "repetition": point.repetition,
+            "attempt": point.attempt,
+            "seed": point.seed,
+            "fire_ms": point.fire_ms,
+            "coverage": point.coverage,
+            "skew_ms": point.skew_ms,
+            "urls": point.urls,
+        },
+        "facts": benchmark.facts,
+    }
+
+
+def _info(error: Exception, what: str) -> ErrorInfo:
+    if isinstance(error, HerderError):
+        return error.info()
+    log.error(what, exc_info=error)
+    return Internal(f"{what}; the head's log has the details").info()
