@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from agent.loadgen.apis import Api
 from agent.loadgen.clocks import Stamps, Timer
 from agent.loadgen.connection import _OWN_LIMITS, Call, Connection, Endpoint
-from agent.loadgen.judge import row_of
+from agent.loadgen.judge import Untold, row_of
 from agent.loadgen.spread import Choose, only
 from agent.loadgen.workload import Item
 from common.bench.histogram import Histogram, bucket_of
@@ -78,6 +78,8 @@ class Share:
     """Opened before the start."""
     limits: Limits = field(default_factory=Limits)
     keeps_text: bool = False
+    counter: Callable[[str], int] | None = None
+    """Counts, after the run, the tokens of answers that the server told none of. Raises: ValueError."""
 
 
 @dataclass(slots=True)
@@ -120,6 +122,7 @@ class Engine:
         self.gaps = Histogram()
         """Gaps that are both between pieces and between tokens: counted once here, added to both at the end."""
         self.lags: list[int] = []
+        self.untold = Untold()
         self.reads = self.coalesced = 0
         self.start_ns = 0
         self.is_stopping = False

@@ -3,16 +3,56 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from common.bench.records import GRID_NS, OUTCOME, SOURCES
+from common.bench.records import AT, GRID_NS, OUTCOME, SOURCES, WIDTH, Records
 
 if TYPE_CHECKING:
     from agent.loadgen.connection import Call
     from agent.loadgen.engine import Engine
 
+MAX_UNTOLD = 2_000  # answers of each process that are counted after the run
+MAX_UNTOLD_PIECES = 500_000
+SETTLE_S = 60.0
 _SERVER, _TOKENIZER, _CHUNKS, _NONE = range(len(SOURCES))
+
+
+class Untold:
+    """Answers whose tokens the server did not tell, kept to be counted when the run is over."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[int, str, list[int]]] = []
+        """(row, text, stamps of its pieces, or of its end)"""
+        self._left = MAX_UNTOLD_PIECES
+
+    def keep(self, row: int, call: Call, at_ns: int) -> None:
+        """Keeps an answer, as long as there is room."""
+        pieces = max(len(call.stamps), 1)
+        if call.answer.texts and len(self.kept) < MAX_UNTOLD and pieces <= self._left:
+            self._left -= pieces
+            self.kept.append((row, "".join(call.answer.texts), call.stamps or [at_ns]))
+
+    def settle(self, records: Records, start_ns: int, counter: Callable[[str], int]) -> None:
+        """Counts them: rows and the grid hold tokens then. Ends early when the counter fails or takes too long."""
+        deadline = time.monotonic() + SETTLE_S
+        for row, text, stamps in self.kept:
+            if time.monotonic() > deadline:
+                return
+            try:
+                tokens = counter(text)
+            except ValueError as error:
+                records.note_error("ok", f"tokens of answers: {error}")
+                return
+            at = row * WIDTH
+            before = max(records.rows[at + AT["output"]], 0)
+            records.rows[at + AT["output"]] = tokens
+            records.rows[at + AT["source"]] = _TOKENIZER
+            for number, stamp in enumerate(stamps):
+                place = (stamp - start_ns) // GRID_NS
+                more = tokens * (number + 1) // len(stamps) - tokens * number // len(stamps)
+                records.grid[place] = records.grid.get(place, 0) + more - (1 if before else 0)
 
 
 def row_of(engine: Engine, call: Call, outcome: str | None, status: int, said: str, at_ns: int) -> bool:
@@ -37,6 +77,8 @@ def row_of(engine: Engine, call: Call, outcome: str | None, status: int, said: s
         _keep_gaps(engine, gaps, marks, output, first_tokens)
     _keep_grid(engine, call, marks, output, at_ns)
     last = stamps[-1] if stamps else at_ns if is_good else -1
+    if is_good and engine.share.counter is not None and source in (_CHUNKS, _NONE) and engine.api.makes_tokens:
+        engine.untold.keep(len(engine.records), call, at_ns)
     engine.records.add(
         (
             call.index,

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from agent.loadgen import datasets, traces
+from agent.loadgen.apis import Api
 from agent.loadgen.connection import Endpoint
 from agent.loadgen.engine import NS, Limits, Share, Tick
 from agent.loadgen.run import run
+from agent.loadgen.server_tokens import ServerWords, is_server, server_of
 from agent.loadgen.spread import SPREADS, chooser
 from agent.loadgen.target import Target, parse_url
 from agent.loadgen.words import Tokenizer, Words
@@ -55,6 +57,9 @@ class Order:
     schedule: Schedule | None
     limits: Limits
     tokenizer: Tokenizer | None
+    """A file's; it counts answers as they end."""
+    counter: Callable[[str], int] | None
+    """A server's; it counts, after the run, answers whose tokens were not told."""
     part: int = 0
     """Which part of the run this is, of `parts`: one for each load node."""
     parts: int = 1
@@ -94,22 +99,30 @@ def order_of(asked_for: LoadSpec, aim: Aim, *, part: int = 0, parts: int = 1) ->
     elif asked_for.is_open:
         drawn = spec.schedule_of(asked_for)
     style = _style(asked_for, api)
-    tokenizer = Tokenizer(Path(asked_for.tokenizer)) if asked_for.tokenizer else None
     dataset = datasets.read(asked_for.dataset) if asked_for.dataset else None
     lines = [row.turns[0][0] for row in dataset.rows[:20_000]] if dataset is not None else []
+    tokenizer = None
+    if asked_for.tokenizer and not is_server(asked_for.tokenizer):
+        tokenizer = Tokenizer(Path(asked_for.tokenizer))
+    words = _words(asked_for, api, targets[0], lines, tokenizer)
     workload = prepare(
         scenarios,
         style,
         targets[0],
-        Words(lines, tokenizer),
+        words,
         count=len(drawn.times_ns) if drawn is not None else asked_for.requests or CLOSED_PREPARED,
         seed=asked_for.seed,
         dataset=dataset,
         trace=trace.arrivals if trace is not None else None,
     )
+    checked = words.check() if isinstance(words, ServerWords) else None
     asked = Asked(
         _plan(asked_for, drawn, targets, api.name, [made.text for made in scenarios], workload, trace, dataset)
-        | {"nodes": parts, "spread": aim.spread if len(targets) > 1 else None},
+        | {
+            "nodes": parts,
+            "tokenizer": checked or asked_for.tokenizer,
+            "spread": aim.spread if len(targets) > 1 else None,
+        },
         asked_for.is_open,
         asked_for.warmup,
         asked_for.until_s,
@@ -124,10 +137,21 @@ def order_of(asked_for: LoadSpec, aim: Aim, *, part: int = 0, parts: int = 1) ->
         is_offline=asked_for.is_offline,
     )
     limits = Limits(first_s=asked_for.first_timeout, total_s=asked_for.timeout, drain_s=asked_for.drain)
-    return Order(asked_for, asked, targets, aim.spread, style, workload, drawn, limits, tokenizer, part, parts)
+    return Order(
+        asked_for, asked, targets, aim.spread, style, workload, drawn, limits, tokenizer,
+        words.count_answer if isinstance(words, ServerWords) else None, part, parts,
+    )  # fmt: skip
 
 
-def _targets(aim: Aim, api: Any, path: str | None) -> tuple[Target, ...]:
+def _words(asked_for: LoadSpec, api: Api, target: Target, lines: Sequence[str], tokenizer: Tokenizer | None) -> Words:
+    """What texts are drawn from."""
+    if asked_for.tokenizer is not None and tokenizer is None and api.name != "http":
+        tails = (api.path, api.tail)
+        return ServerWords(server_of(asked_for.tokenizer, target, tails, asked_for.model), lines)
+    return Words(lines, tokenizer)
+
+
+def _targets(aim: Aim, api: Api, path: str | None) -> tuple[Target, ...]:
     if aim.spread not in SPREADS:
         raise ValueError(f"spread {aim.spread!r}: one of {', '.join(SPREADS)}")
     if not 1 <= len(aim.urls) <= MAX_ENDPOINTS:
@@ -254,7 +278,8 @@ def shares_of(order: Order) -> list[Share]:
                 indices, times, slots,
                 concurrency * number // everywhere, concurrency, requests, until_ns, asked_for.think,
                 asked_for.turn_think, asked_for.stagger, window, connections, limits,
-                order.tokenizer is not None or asked_for.live_replies,
+                order.tokenizer is not None or order.counter is not None or asked_for.live_replies,
+                order.counter if order.style.api.makes_tokens else None,
             )
         )  # fmt: skip
     return shares

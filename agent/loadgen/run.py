@@ -292,6 +292,8 @@ def _work(share: Share, count_tokens: Callable[[str], int] | None, control_fd: i
         }
     )
     engine.close()
+    if share.counter is not None:
+        engine.untold.settle(records, engine.start_ns, share.counter)
     _say(result_fd, {"kind": "done", "records": records.to_wire()})
 
 

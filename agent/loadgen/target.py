@@ -45,10 +45,15 @@ class Target:
         return context
 
     @property
-    def url(self) -> str:
-        """For people."""
+    def root(self) -> str:
+        """The URL without its path."""
         name = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.is_tls else 'http'}://{name}:{self.port}{self.path}"
+        return f"{'https' if self.is_tls else 'http'}://{name}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """The URL."""
+        return self.root + self.path
 
     def opening(self, method: str) -> bytes:
         """The first lines of a request: all that differs between servers that are asked the same."""

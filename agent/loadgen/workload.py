@@ -201,8 +201,7 @@ class _Maker:
         self.style, self.target, self.words, self.rng, self.seed = style, target, words, rng, seed
         self._rows = dataset.rows if dataset is not None else ()
         self._row_at = 0
-        self._prefixes: dict[int, str] = {}
-        self._blocks: dict[int, str] = {}
+        self._texts: dict[str, str] = {}
 
     def item(self, class_id: int, scenario: Scenario) -> Item:
         """The next request of a class."""
@@ -211,21 +210,21 @@ class _Maker:
             case "dataset":
                 row = self._row()
                 if self.style.api.name == "embeddings":
-                    return self._post(class_id, self._embeddings([row.turns[0][0]]), row.turns[0][0], 0)
+                    return self._post(class_id, self._embeddings([row.turns[0][0]]), [row.turns[0][0]], 0)
                 said = row.turns[: self.style.turns]
                 return self.conversation(class_id, said, row.output_tokens or self.style.default_output_tokens)
             case "embeddings":
                 texts = [self._text(shape.input_tokens) for _ in range(self.style.batch)]
-                return self._post(class_id, self._embeddings(texts), " ".join(texts), 0)
+                return self._post(class_id, self._embeddings(texts), texts, 0)
             case "rerank":
                 query = self.words.text(shape.query_tokens, self.rng)
                 texts = [self._text(shape.input_tokens) for _ in range(self.style.batch)]
                 body = {"model": self.style.model, "query": query, "documents": texts, **self.style.parameters}
-                return self._post(class_id, body, " ".join([query, *texts]), 0)
+                return self._post(class_id, body, [query, *texts], 0)
             case "speech":
                 text = self.words.text(shape.characters, self.rng)[: shape.characters]
                 body = {"model": self.style.model, "input": text, "voice": "alloy", **self.style.parameters}
-                return self._post(class_id, body, text, 0)
+                return self._post(class_id, body, (), 0)
             case "image":
                 return self._image(class_id, shape)
             case _:
@@ -239,8 +238,8 @@ class _Maker:
         """The first turn, linked with those after it. Earlier answers are the prepared ones, so that no body is written
         during the run, unless live ones were asked for."""
         if self.style.has_live_replies and len(turns) > 1:
-            said = tuple((asked, self.words.count(asked)) for asked, _ in turns)
-            return Talk(self, class_id, said, output_tokens).item()
+            counted = tuple((asked, self.words.count(asked)) for asked, _ in turns)
+            return Talk(self, class_id, counted, output_tokens).item()
         made: Item | None = None
         for last in range(len(turns), 0, -1):
             messages: list[dict[str, Any]] = []
@@ -248,8 +247,9 @@ class _Maker:
                 messages.append({"role": "user", "content": asked})
                 if number < last - 1:
                     messages.append({"role": "assistant", "content": answered})
-            text = "\n\n".join(message["content"] for message in messages)
-            made = self._post(class_id, self._question(messages, text, output_tokens), text, output_tokens, made)
+            said = [message["content"] for message in messages]
+            body = self._question(messages, "\n\n".join(said), output_tokens)
+            made = self._post(class_id, body, said, output_tokens, made)
         assert made is not None
         return made
 
@@ -262,16 +262,23 @@ class _Maker:
         """Text of the recorded length, whose leading blocks are the same where the trace says that they are."""
         if not arrival.hash_ids:
             return self._text(arrival.input_tokens)
-        blocks = []
+        blocks, missing = [], arrival.input_tokens
         for number in arrival.hash_ids:
-            if number not in self._blocks:
-                self._blocks[number] = self.words.text(BLOCK_TOKENS, random.Random(f"block {self.seed} {number}"))
-            blocks.append(self._blocks[number])
-        words = " ".join(blocks).split(" ")
-        if self.words.counted_by == "words":
-            words = words[: arrival.input_tokens]
-        missing = arrival.input_tokens - len(arrival.hash_ids) * BLOCK_TOKENS
-        return " ".join(words) + (" " + self.words.text(missing, self.rng) if missing > 0 else "")
+            if missing <= 0:
+                break
+            blocks.append(self._shared(f"block {self.seed} {number}", BLOCK_TOKENS, min(missing, BLOCK_TOKENS)))
+            missing -= BLOCK_TOKENS
+        if missing > 0:
+            blocks.append(self.words.text(missing, self.rng))
+        return " ".join(blocks)
+
+    def _shared(self, name: str, tokens: int, wanted: int) -> str:
+        """Text that is the same for the same name; the beginning of it where less is wanted."""
+        if wanted < tokens:
+            return self.words.text(wanted, random.Random(name))
+        if name not in self._texts:
+            self._texts[name] = self.words.text(tokens, random.Random(name))
+        return self._texts[name]
 
     def _row(self) -> Row:
         row = self._rows[self._row_at % len(self._rows)]
@@ -284,13 +291,7 @@ class _Maker:
         if not shared:
             return self.words.text(tokens, self.rng)
         group = self.rng.randrange(self.style.prefix_groups)
-        if group not in self._prefixes:
-            self._prefixes[group] = self.words.text(
-                self.style.prefix_tokens, random.Random(f"prefix {self.seed} {group}")
-            )
-        prefix = self._prefixes[group]
-        if shared < self.style.prefix_tokens:
-            prefix = " ".join(prefix.split(" ")[:shared])
+        prefix = self._shared(f"prefix {self.seed} {group}", self.style.prefix_tokens, shared)
         return f"{prefix} {self.words.text(tokens - shared, self.rng)}"
 
     def _question(self, messages: list[dict[str, Any]], text: str, output_tokens: int) -> dict[str, Any]:
@@ -322,13 +323,13 @@ class _Maker:
             data = base64.b64encode(png(shape.width, shape.height, self.rng)).decode()
             parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
         tokens = self.style.default_output_tokens
-        return self._post(class_id, self._question([{"role": "user", "content": parts}], text, tokens), text, tokens)
+        return self._post(class_id, self._question([{"role": "user", "content": parts}], text, tokens), [text], tokens)
 
     def _post(
-        self, class_id: int, body: dict[str, Any], text: str, asked_tokens: int, follow: Item | None = None
+        self, class_id: int, body: dict[str, Any], said: Sequence[str], asked_tokens: int, follow: Item | None = None
     ) -> Item:
         wire = self.target.request("POST", msgspec.json.encode(body))
-        return Item(wire, class_id, self.words.count(text), asked_tokens, follow)
+        return Item(wire, class_id, sum(map(self.words.count, said)), asked_tokens, follow)
 
 
 def png(width: int, height: int, rng: random.Random) -> bytes:

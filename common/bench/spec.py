@@ -70,7 +70,7 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dataset: str | None = None
     """A file, or FILE:kind."""
     tokenizer: str | None = None
-    """A tokenizer.json."""
+    """`server` or `server:URL`, whose /tokenize is asked; else a tokenizer.json."""
     prefix_tokens: int = 0
     prefix_groups: int = 1
     turns: int = 1

@@ -22,6 +22,7 @@ LAG_FLOOR_NS = 2_000_000
 LAG_SHARE = 0.05
 CPU_SHARE = 0.85
 RATE_SHARE = 0.99
+TEMPLATE_TOKENS = 64
 STEADY_LEAST = 30
 STEADY_RISE = 0.25
 RULES = {
@@ -156,7 +157,10 @@ def warnings(
 
 
 def _token_mismatch(records: Records) -> float:
-    """How far the server's prompt tokens are from ours when that is more than 10 %; 0 otherwise."""
+    """How far the server's prompt tokens are from ours when that is more than 10 %; 0 otherwise.
+
+    What its template adds to every prompt, up to TEMPLATE_TOKENS, is no difference.
+    """
     pairs = [
         (there, here)
         for there, here in records.columns("input", "counted_input")
@@ -164,7 +168,8 @@ def _token_mismatch(records: Records) -> float:
     ]  # fmt: skip
     if not pairs:
         return 0.0
-    off = sum(there for there, _ in pairs) / sum(here for _, here in pairs) - 1
+    template = min(max(0, min(there - here for there, here in pairs)), TEMPLATE_TOKENS)
+    off = sum(there - template for there, _ in pairs) / sum(here for _, here in pairs) - 1
     return off if abs(off) > 0.1 else 0.0
 
 

@@ -51,7 +51,7 @@ ARRIVALS = ("poisson", "constant", "gamma", "burst", "ramp", "steps", "spike", "
 @click.option("--cooldown", type=Duration(), default=0.0, help="Load behind the measured window.")
 @click.option("--scenario", "scenarios", multiple=True, help="Sizes, as 'D(100,50)'; several, with x3 as weight, mix.")
 @click.option("--dataset", help="Prompts of a file: ShareGPT, HellaSwag, Alpaca, JSON lines, CSV, text.")
-@click.option("--tokenizer", type=click.Path(), help="The model's tokenizer.json: exact counts (needs tokenizers).")
+@click.option("--tokenizer", help="Exact counts: server or server:URL (its /tokenize), or a tokenizer.json.")
 @click.option("--prefix-tokens", type=int, default=0, help="Tokens that prompts share, counted into their size.")
 @click.option("--prefix-groups", type=int, default=1, help="How many such prefixes there are.")
 @click.option("--turns", type=int, default=1, help="Turns of a conversation; each follows the answer before.")

@@ -399,7 +399,7 @@ def test_saved_reports(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_a_real_engine() -> None:
-    """llama.cpp's server with a small model: every answer is good and as long as asked, counted by the server."""
+    """llama.cpp's server with a small model: every answer is good and as long as asked, and so are the prompts."""
     server, gguf = os.environ.get("HERDER_TEST_LLAMA_SERVER", ""), os.environ.get("HERDER_TEST_GGUF", "")
     if not (server and gguf):
         pytest.skip("HERDER_TEST_LLAMA_SERVER and HERDER_TEST_GGUF name no engine and model; scripts/test sets them")
@@ -410,14 +410,23 @@ def test_a_real_engine() -> None:
         try:
             _await_health(port)
             words = command(f"http://127.0.0.1:{port}", "--model", "m", "--concurrency", "2", "--requests", "4",
-                            "--scenario", "D(20,8)", "-o", "json")  # fmt: skip
+                            "--scenario", "D(20,8)", "--tokenizer", "server", "--turns", "2", "--live-replies",
+                            "-o", "json", "--detail")  # fmt: skip
             done = subprocess.run(words, capture_output=True, text=True, timeout=100, check=False)
         finally:
             process.kill()
     report = json.loads(done.stdout)
-    assert report["counts"]["good"] == 4, report["error_samples"]
-    assert (report["token_source"], report["output_tokens"]) == ("server", 32)
-    assert report["latency"]["ttft"]["count"] == 4
+    assert report["counts"]["good"] == 8, report["error_samples"]
+    assert (report["token_source"], report["output_tokens"]) == ("server", 64)
+    assert report["latency"]["ttft"]["count"] == 8
+    asked = report["plan"]["tokenizer"]
+    assert asked["exact"] == asked["checked"] == 16
+    # What the template adds is the same for every prompt of as many turns.
+    added = [
+        {row["input"] - row["counted_input"] for row in report["requests"] if row["turn"] == turn} for turn in (0, 1)
+    ]
+    assert len(added[0]) == 1
+    assert max(added[1]) - min(added[1]) <= 2
 
 
 def _await_health(port: int) -> None:
