@@ -14,6 +14,7 @@ import msgspec
 
 from common.bench import html_charts as charts
 from common.bench import html_text as words
+from common.bench import html_time
 from common.bench.figures import changes_told, told, told_ms
 from common.bench.html_rows import Group, Row, best_of, groups_of, load_axis, rows_of
 from common.bench.html_style import POLICY, SCRIPT, STYLE
@@ -138,15 +139,15 @@ def _details(rows: Sequence[Row], series: Mapping[str, Any]) -> Markup:
     shown = [row for row in rows if row.report is not None][:MAX_DETAILS]
     if not shown:
         return Markup("")
-    detail = charts.detail_for(len(shown))
+    detail = html_time.detail_for(len(shown))
     made = [_point(row, series, detail, len(shown)) for row in shown]
     note = None
-    if len(shown) > charts.MAX_POINTS_IN_FULL:
+    if len(shown) > html_time.MAX_POINTS_IN_FULL:
         note = tag("p", "There are many points: charts are coarser, and show of many machines the range.", class_="dim")
     return joined((tag("h2", "Point by point" if len(shown) > 1 else "The run"), note, *made))
 
 
-def _point(row: Row, series: Mapping[str, Any], detail: charts.Detail, count: int) -> Markup:
+def _point(row: Row, series: Mapping[str, Any], detail: html_time.Detail, count: int) -> Markup:
     assert row.report is not None
     window = row.report.get("window") or {}
     counts = row.report.get("counts") or {}
@@ -165,7 +166,7 @@ def _point(row: Row, series: Mapping[str, Any], detail: charts.Detail, count: in
         inside.append(
             tag("div", charts.distributions(group, limits={}, vertices=detail.vertices), class_="charts three")
         )
-    timeline = charts.over_time(row, series, detail)
+    timeline = html_time.over_time(row, series, detail)
     if timeline:
         inside += [tag("h3", "Over time"), tag("p", "Grey: outside the measured window.", class_="note")]
         inside.append(tag("div", timeline, class_="charts"))

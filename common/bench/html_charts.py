@@ -1,11 +1,8 @@
-"""The charts of a report: distributions, the curve over a sweep, and each point's time with what machines did in it."""
+"""The charts of a report's loads beside each other: distributions of latencies, and the curve over a sweep."""
 
 from __future__ import annotations
 
-import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from common.bench.figures import is_number, told, told_ms, told_share
@@ -14,7 +11,6 @@ from common.bench.html_rows import Group, Row, bracket_of, families_of, load_of
 from common.bench.markup import Markup, cut
 from common.bench.metrics import MS
 from common.bench.plots import COLOURS, Band, Chart, Line, Mark, Rule, Scale, draw, scale_of, thinned
-from common.bench.series import within
 
 DISTRIBUTIONS = (
     ("ttft", "TTFT", "time to first token"),
@@ -24,30 +20,6 @@ DISTRIBUTIONS = (
 )
 MARKED = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
 OVERLAID = COLOURS
-MAX_POINTS_IN_FULL = 40
-_GPU = re.compile(r"gpu(\d+)_(.+)")
-_MACHINE = (
-    ("util", "GPU utilisation", "%", re.compile(r"util(?:ization)?(?:_percent)?")),
-    ("memory", "GPU memory used", "", re.compile(r"mem(?:ory)?_used.*")),
-    ("power", "GPU power", "W", re.compile(r"power(?:_w|_watts|_draw.*)?")),
-    ("temperature", "GPU temperature", "°C", re.compile(r"temp(?:erature)?(?:_c|_celsius)?")),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Detail:
-    """How much is drawn of one point: vertices of a line, lines of a chart, charts of what is not known by name."""
-
-    vertices: int = 500
-    lines: int = 12
-    others: int = 24
-
-
-def detail_for(points: int) -> Detail:
-    """A file with 500 points must open as well."""
-    if points <= 4:
-        return Detail()
-    return Detail(250) if points <= MAX_POINTS_IN_FULL else Detail(60, 3, 4)
 
 
 # distributions
@@ -282,171 +254,3 @@ def _attainment_curve(families: Mapping[str, list[Group]], axis: str, slo: Mappi
         unit="share of the window's requests",
         note=cut(bands[0].label, 200) if bands else "",
     )
-
-
-# one point over time
-def over_time(row: Row, series: Mapping[str, Any], detail: Detail) -> list[Markup]:
-    """What was sent and answered second by second, and machines and engines on the same axis."""
-    report = row.report or {}
-    seconds = [entry for entry in report.get("series") or () if isinstance(entry, Mapping)]
-    window = report.get("window") or {}
-    end = max((_num(entry.get("at_s")) or 0.0 for entry in seconds), default=0.0) + 1
-    x = Scale(0.0, max(end, 1.0), False, "s after the start")
-    bands = []
-    begin_s, end_s = _num(window.get("begin_s")), _num(window.get("end_s"))
-    if begin_s:
-        bands.append(Band(0.0, begin_s, "before the measured window"))
-    if end_s is not None and end_s < end:
-        bands.append(Band(end_s, x.high, "after the measured window"))
-    draws = _Draws(x, bands, f"p{row.number}", detail)
-    made = _load_over_time(draws, seconds) if seconds else []
-    start = _num(report.get("created"))
-    if start:
-        made += _machines(draws, series.get("nodes") or {}, start, end)
-        made += _engines(draws, series.get("engines") or {}, start, end)
-    return [draw(chart) for chart in made]
-
-
-def _num(value: Any) -> float | None:
-    return float(value) if is_number(value) else None
-
-
-class _Draws:
-    """What the charts of one point share."""
-
-    def __init__(self, x: Scale, bands: list[Band], group: str, detail: Detail) -> None:
-        self.x, self.bands, self.group, self.detail = x, bands, group, detail
-
-    def chart(
-        self, title: str, unit: str, curves: Sequence[tuple[str, Sequence[float], Sequence[float | None]]], **more: Any
-    ) -> Chart:
-        """One chart; many curves become their least, median and greatest."""
-        note = ""
-        if more.pop("is_many", True) and len(curves) > self.detail.lines:
-            note = f"least, median and greatest of {len(curves)}"
-            curves = envelope(curves, self.x.high)
-        lines, bucket = [], 0.0
-        for place, (name, xs, ys) in enumerate(curves):
-            if len(xs) > self.detail.vertices:
-                bucket = max(bucket, (xs[-1] - xs[0]) / (self.detail.vertices // 2))
-            thin_x, thin_y = thinned(xs, ys, self.detail.vertices)
-            lines.append(Line(cut(name, 60), thin_x, thin_y, place, name.endswith("p99")))
-        if bucket:
-            note = f"{note}; " if note else ""
-            note += f"of every {told(bucket)} s the least and the greatest value"
-        y = scale_of((value for line in lines for value in line.ys), is_log=more.pop("is_log", False))
-        return Chart(title, self.x, more.pop("y", y), lines, (), (), self.bands, 120, self.group, note, unit)
-
-
-def _load_over_time(draws: _Draws, seconds: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    def column(name: str) -> list[float | None]:
-        return [_num(entry.get(name)) for entry in seconds]
-
-    # A second's figures stand in its middle; what is in flight is counted at its end.
-    middles = [(_num(entry.get("at_s")) or 0.0) + 0.5 for entry in seconds]
-    ends = [at + 0.5 for at in middles]
-    counts = [(name, middles, column(name)) for name in ("due", "sent", "ended")]
-    if any(column("failed")):
-        counts.append(("failed", middles, column("failed")))
-    made = [draws.chart("Requests", "per second", counts, is_many=False)]
-    made.append(draws.chart("In flight", "requests", [("in flight", ends, column("in_flight"))]))
-    if any(column("output_tokens")):
-        made.append(draws.chart("Output", "tokens/s", [("tokens", middles, column("output_tokens"))]))
-    times = [(word, middles, column(f"ttft_{word}_ms")) for word in ("p50", "p99")]
-    if any(value is not None for _, _, ys in times for value in ys):
-        known = [value for _, _, ys in times for value in ys if value]
-        is_log = bool(known) and max(known) / min(known) > 20
-        made.append(draws.chart(f"TTFT{', logarithmic' if is_log else ''}", "ms, by second due", times, is_log=is_log))
-    return made
-
-
-Curve = tuple[str, Sequence[float], Sequence[float | None]]
-
-
-def _machines(draws: _Draws, nodes: Mapping[str, Any], start: float, end: float) -> list[Chart]:
-    gpus: dict[str, list[Curve]] = {kind: [] for kind, *_ in _MACHINE}
-    others: dict[str, list[Curve]] = {}
-    for node, columns in sorted(nodes.items()):
-        part = within(columns, start, start + end)
-        for column, values in part.items():
-            if column == "t_s" or not any(value is not None for value in values):
-                continue
-            found = _GPU.fullmatch(column)
-            kind = next((k for k, _, _, pattern in _MACHINE if found and pattern.fullmatch(found[2])), None)
-            if found and kind:
-                gpus[kind].append((f"{node} gpu{found[1]}", part["t_s"], values))
-            elif found:
-                others.setdefault(f"GPU {found[2]}", []).append((f"{node} gpu{found[1]}", part["t_s"], values))
-            else:
-                others.setdefault(column, []).append((str(node), part["t_s"], values))
-    made = [draws.chart(title, unit, gpus[kind], **_percent(kind == "util")) for kind, title, unit, _ in _MACHINE
-            if gpus[kind]]  # fmt: skip
-    first = [name for name in ("cpu_percent", "ram_used_MB") if name in others]
-    titles = {"cpu_percent": ("CPU of the nodes", "%"), "ram_used_MB": ("Memory of the nodes", "MB")}
-    for name in first:
-        title, unit = titles[name]
-        made.append(draws.chart(title, unit, others.pop(name)))
-    made += [
-        _column_chart(draws, name, curves)
-        for name, curves in list(others.items())[: draws.detail.others]
-        if _moves(curves)
-    ]
-    return made
-
-
-def _percent(is_share: bool) -> dict[str, Any]:
-    return {"y": Scale(0.0, 104.0)} if is_share else {}
-
-
-def _moves(curves: Sequence[Curve]) -> bool:
-    """Whether there is anything to see: a line that never leaves 0 says nothing."""
-    return any(value for _, _, ys in curves for value in ys)
-
-
-def _engines(draws: _Draws, engines: Mapping[str, Any], start: float, end: float) -> list[Chart]:
-    found: dict[str, list[Curve]] = {}
-    for engine, columns in sorted(engines.items()):
-        part = within(columns, start, start + end)
-        for column, values in part.items():
-            if column != "t_s" and any(value is not None for value in values):
-                found.setdefault(column, []).append((str(engine), part["t_s"], values))
-    shown = [(column, curves) for column, curves in found.items() if _moves(curves)][: draws.detail.others]
-    return [_column_chart(draws, f"Engine: {column}", curves) for column, curves in shown]
-
-
-def _column_chart(draws: _Draws, name: str, curves: Sequence[Curve]) -> Chart:
-    """A column as it is; one that only counts up (`_total`) as what it gained per second."""
-    name = name.replace("_", " ")
-    if name.endswith(" total"):
-        return draws.chart(name[:-6], "per second", [(who, *_gained(xs, ys)) for who, xs, ys in curves])
-    return draws.chart(name, "", curves)
-
-
-def _gained(xs: Sequence[float], ys: Sequence[float | None]) -> tuple[list[float], list[float | None]]:
-    """Growth per second; a counter that fell was begun anew and has no growth there."""
-    out_x: list[float] = []
-    out_y: list[float | None] = []
-    for place in range(1, len(xs)):
-        before, now, lasted = ys[place - 1], ys[place], xs[place] - xs[place - 1]
-        if lasted > 0:
-            out_x.append(xs[place])
-            out_y.append((now - before) / lasted if now is not None and before is not None and now >= before else None)
-    return out_x, out_y
-
-
-def envelope(curves: Sequence[Curve], end: float) -> list[Curve]:
-    """The least, the median and the greatest of many curves in stretches of time."""
-    stretches = 240
-    parts: list[list[float]] = [[] for _ in range(stretches)]
-    for _, xs, ys in curves:
-        for at, value in zip(xs, ys, strict=True):
-            if value is not None and 0 <= at < end:
-                parts[int(at / end * stretches)].append(value)
-    middles = [(place + 0.5) * end / stretches for place in range(stretches)]
-    kept = [(at, part) for at, part in zip(middles, parts, strict=True) if part]
-    times = [at for at, _ in kept]
-    return [
-        ("least", times, [min(part) for _, part in kept]),
-        ("median", times, [statistics.median(part) for _, part in kept]),
-        ("greatest", times, [max(part) for _, part in kept]),
-    ]

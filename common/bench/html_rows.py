@@ -11,6 +11,8 @@ from typing import Any
 from common.bench.figures import changes_told, figures_of, is_number
 
 LOADS = ("rate", "concurrency")
+SERVER_REASONS = frozenset({"no_success", "drain_timeout"})
+"""Why a run is invalid when that is the server's doing: it could not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +160,15 @@ def load_of(group: Group, axis: str) -> float:
 
 
 def meets(row: Row, slo: Mapping[str, Any]) -> bool | None:
-    """Whether a point met the SLO; None where it was not judged or must not be believed."""
-    attainment = row.figures.get("slo_attainment")
-    if row.word != "valid" or attainment is None:
+    """Whether the server met the SLO in a point; None where the point says nothing about the server."""
+    if row.word == "invalid" and row.reasons and SERVER_REASONS.issuperset(row.reasons):
+        return False
+    attainment, failed = row.figures.get("slo_attainment"), row.figures.get("error_rate")
+    has_limits = any(slo.get(name) is not None for name in ("ttft", "tpot", "e2e"))
+    if row.word != "valid" or failed is None or (attainment is None and has_limits):
         return None
-    asked, errors = slo.get("attainment", 0.99), slo.get("error_rate", 0.01)
-    return attainment >= float(asked) and row.figures.get("error_rate", 0.0) <= float(errors)
+    is_met = attainment is None or attainment >= float(slo.get("attainment", 0.99))
+    return is_met and failed <= float(slo.get("error_rate", 0.01))
 
 
 def bracket_of(groups: Sequence[Group], axis: str, slo: Mapping[str, Any]) -> tuple[float | None, float | None]:

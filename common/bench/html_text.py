@@ -103,12 +103,15 @@ def _found(benchmark: Mapping[str, Any], groups: Sequence[Group], axis: str) -> 
     recipe = benchmark.get("recipe") or {}
     slo = recipe.get("slo") or {}
     if recipe.get("search") and axis:
-        most, least = bracket_of(believed, axis, slo)
+        best = benchmark.get("best") or {}
+        most, least = bracket_of(groups, axis, slo)
+        most = float(best["load"]) if is_number(best.get("load")) else most
+        why = cut(best.get("why") or "", 200)
         if most is None:
-            return f"Not even the least {axis} that was tried met the SLO."
-        above = f"{told(least)} did not" if least is not None else "nothing higher was tried"
+            return f"No {axis} that was tried met the SLO{f': {why}' if why else ''}."
+        above = why or (f"{told(least)} did not" if least is not None else "nothing higher was tried")
         at = next((group for group in believed if group.changes.get(axis) == most), None)
-        return f"The most {axis} that met it is {told(most)}; {above}.{_in_short(at)}"
+        return f"The most {axis} that met it is {told(most)}; {above}. There:{_in_short(at)}"
     if len(believed) == 1:
         return f"It answered{_in_short(believed[0])}"
     best, name = best_of(believed)
@@ -166,10 +169,7 @@ def verdict(benchmark: Mapping[str, Any], rows: Sequence[Row]) -> Markup:
             said += f" {len(lost)} of {len(rows)} points did not run to their end."
         parts.append(_box("invalid", "Invalid", said.strip(), _reasons_told([*invalid, *lost])))
     if degraded or benchmark.get("is_degraded"):
-        items = [
-            f"point {row.number}: {told_share(row.coverage)} of its schedule was performed"
-            for row in degraded[:MAX_NAMED]
-        ]
+        items = [_loss_told(row) for row in degraded[:MAX_NAMED]]
         if len(degraded) > MAX_NAMED:
             items.append(f"and {len(degraded) - MAX_NAMED} more points")
         said = "Load was lost on the way. Figures are of what was performed; nothing was rescaled."
@@ -178,6 +178,12 @@ def verdict(benchmark: Mapping[str, Any], rows: Sequence[Row]) -> Markup:
         said = "The generator was on time, read in time, sent what was asked, and lost nothing."
         parts.append(_box("valid", "Valid", said, ()))
     return joined(parts)
+
+
+def _loss_told(row: Row) -> str:
+    found = (row.report or {}).get("reasons") or ()
+    said = next((str(one.get("said", "")) for one in found if one.get("code") == "degraded"), "")
+    return f"point {row.number}: {said or f'{told_share(row.coverage)} of its schedule was performed'}"
 
 
 def _box(kind: str, word: str, said: str, items: Iterable[str]) -> Markup:
