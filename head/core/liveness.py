@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from common import limits
-from head.core import commands, copies, drains, health_checks, idempotency, jobs, keys, services
+from head.core import benchmarks, commands, copies, drains, health_checks, idempotency, jobs, keys, services
 from head.core.effects import Alarm, CloseSession
 from head.core.events import Event, HeadStarted, Ticked
 from head.core.objects import Meta
@@ -28,6 +28,7 @@ _PARTS: tuple[tuple[str, Callable[[Turn], None]], ...] = (
     ("drains", lambda turn: drains.on_tick(turn)),
     ("jobs", lambda turn: jobs.on_tick(turn)),
     ("health_checks", lambda turn: health_checks.on_tick(turn)),
+    ("benchmarks", lambda turn: benchmarks.on_tick(turn)),
     ("keys", lambda turn: keys.on_tick(turn)),
     ("idempotency", lambda turn: idempotency.on_tick(turn)),
     ("commands", lambda turn: commands.on_tick(turn)),

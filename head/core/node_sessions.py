@@ -26,7 +26,7 @@ from common.errors import (
     TooMany,
     WrongCluster,
 )
-from head.core import commands, copies, health_checks, node_facts, services
+from head.core import benchmark_runs, commands, copies, health_checks, node_facts, services
 from head.core.effects import Alarm, CloseSession, Send
 from head.core.events import (
     AgentLeaving,
@@ -68,6 +68,7 @@ def said_hello(turn: Turn, event: AgentSaidHello) -> None:
     if before is not None and before.boot_id != hello.boot_id:
         copies.on_node_rebooted(turn, node_id)
         services.on_node_rebooted(turn, node_id)
+        benchmark_runs.on_node_rebooted(turn, node_id)
     if before is not None and before.inventory != hello.inventory:
         copies.on_inventory(turn, node_id)
     turn.emit(
@@ -138,7 +139,9 @@ def reported(turn: Turn, event: AgentReported) -> None:
     _seen(turn, event.node, live)
     copies.observe(turn, event.node, report.copies, report.ops)
     services.observe(turn, event.node, report.replicas)
+    benchmark_runs.observe(turn, event.node, report.runs)
     if is_first:
+        benchmark_runs.touch_on(turn, event.node)
         for key in tuple(turn.state.replicas_by_node.get(event.node, ())):
             turn.touch("replica", key)
         for key, check in turn.state.checks.items():
@@ -176,6 +179,7 @@ def _whole(turn: Turn, event: AgentReported, live: Live) -> wire.Report | None:
         copies=tuple(status for one in ordered for status in one.copies),
         replicas=tuple(status for one in ordered for status in one.replicas),
         ops=tuple(op for one in ordered for op in one.ops),
+        runs=tuple(run for one in ordered for run in one.runs),
         digest=page.digest,
     )
     if len(whole.copies) > limits.COPIES_PER_NODE or len(whole.replicas) > 2 * limits.REPLICAS_PER_NODE:
@@ -200,6 +204,8 @@ def progressed(turn: Turn, event: ProgressReceived) -> None:
         copies.on_progress(turn, event.node, event.progress)
     elif kind == commands.REPLICA:
         services.on_progress(turn, event.node, event.progress)
+    elif kind == commands.RUN:
+        benchmark_runs.on_progress(turn, event.node, event.progress)
 
 
 def ended(turn: Turn, event: ResultReceived) -> None:
@@ -214,6 +220,8 @@ def ended(turn: Turn, event: ResultReceived) -> None:
         services.on_result(turn, event.node, result)
     elif kind == commands.CHECK:
         health_checks.on_result(turn, event.node, result)
+    elif kind in (commands.RUN, commands.FIRE, commands.END):
+        benchmark_runs.on_result(turn, event.node, result)
     turn.emit(Send(event.node, event.session_id, wire.ResultAck(op_id=result.op_id, generation=result.generation)))
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from common import ids
 from common.errors import InUse, InvalidValue, LastCopy, NodeNotFound
-from head.core import copy_facts, copy_sources, drains, liveness, node_sessions, services
+from head.core import benchmark_runs, copy_facts, copy_sources, drains, liveness, node_sessions, services
 from head.core.effects import Alarm, CloseSession
 from head.core.events import (
     CordonRequested,
@@ -127,6 +127,8 @@ def remove(turn: Turn, event: RemoveNodeRequested) -> None:
     state.lost_ms.pop(node.id, None)
     copy_sources.forget_node(turn, node.id)
     services.on_node_lost(turn, node.id)
+    state.clocks.pop(node.id, None)
+    benchmark_runs.touch_on(turn, node.id)
     turn.reply(event, reference=f"node:{node.id}")
 
 

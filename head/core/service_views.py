@@ -75,6 +75,12 @@ def routes(state: State, model_name: str) -> list[Route]:
     return sorted(found, key=lambda route: route.replica)
 
 
+def routes_of_service(state: State, name: str) -> list[Route]:
+    """The ready engines of one service, by replica id."""
+    held = (state.replicas[key] for key in sorted(state.replicas_by_service.get(name, ())))
+    return [_route(state, replica) for replica in held if is_serving(state, replica)]
+
+
 def _route(state: State, replica: Replica) -> Route:
     # Requests carry prompts and the engine's key: they go to the node that we know, wherever a report points.
     host = state.nodes[replica.node].advertise or ("127.0.0.1" if replica.host in _ANYWHERE else replica.host)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common.errors import HerderError, Internal
-from head.core import copies, health_checks, jobs, keys, models, nodes, services
+from head.core import benchmark_runs, benchmarks, copies, health_checks, jobs, keys, models, nodes, services
 from head.core.events import Event, RequestEvent
 from head.core.state import State
 from head.core.turn import Turn
@@ -28,6 +28,7 @@ HANDLERS: dict[type[Event], Handler] = {
     **jobs.HANDLERS,
     **health_checks.HANDLERS,
     **keys.HANDLERS,
+    **benchmarks.HANDLERS,
 }
 RECONCILERS: dict[str, Reconciler] = {
     "node": nodes.reconcile,
@@ -37,6 +38,9 @@ RECONCILERS: dict[str, Reconciler] = {
     "replica": services.reconcile_replica,
     "job": jobs.reconcile,
     "check": health_checks.reconcile,
+    "benchmark": benchmarks.reconcile,
+    "point": benchmarks.reconcile_point,
+    "run": benchmark_runs.reconcile,
 }
 REPEATS = 100  # reconciliations of one object in one turn; more would be a loop in our own rules
 
