@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SLICE_OBJECTS = 5_000
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 NODE_STATES = ("online", "suspect", "unreachable", "left")
+BENCHMARK_STATES = ("pending", "preparing", "running", "finishing", "completed", "failed", "cancelled")
 JOB_STATES = ("pending", "running", "completed", "failed", "cancelled")
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
@@ -125,6 +126,7 @@ class _Shell(Collector):
         yield InfoMetricFamily("herder_build", "Version of the head", value={"version": self.metrics.version})
         yield from self._driver_metrics()
         yield from self._session_metrics()
+        yield from self._benchmark_metrics()
         yield from self.metrics.counted
 
     def _driver_metrics(self) -> Iterator[Metric]:
@@ -170,6 +172,40 @@ class _Shell(Collector):
         yield _counter("herder_frames_bad", "Frames that could not be read", sessions.counts["bad"])
         yield _counter("herder_outbox_overflows", "Agents that did not read and were cut", sessions.counts["overflow"])
 
+    def _benchmark_metrics(self) -> Iterator[Metric]:
+        """The last second of each benchmark that sends load, all load nodes together: at most BENCHMARKS_LIVE."""
+        state, live = self.driver.state, self.sessions.live
+        labels = ("benchmark", "name")
+        families = {
+            field: GaugeMetricFamily(f"herder_benchmark_{name}", text, labels=labels)
+            for field, (name, text) in _BENCHMARK_SERIES.items()
+        }
+        for tick in live.in_motion(self.driver.clock.now_ms()):
+            benchmark = state.benchmarks.get(tick.benchmark)
+            if benchmark is None:
+                continue
+            for field, family in families.items():
+                value = getattr(tick, field)
+                if value is not None:
+                    family.add_metric((benchmark.id, benchmark.name), value / 1000 if field.endswith("_ms") else value)
+        yield from families.values()
+        yield _counter(
+            "herder_benchmark_ticks_dropped", "Seconds of runs that came too late or were none", live.dropped
+        )
+
+
+_BENCHMARK_SERIES = {
+    "point": ("point", "Number of the point that runs"),
+    "nodes": ("load_nodes", "Load nodes that told of the last second"),
+    "sent": ("sent_per_second", "Requests sent in the last second"),
+    "done": ("done_per_second", "Requests answered well in the last second"),
+    "failed": ("failed_per_second", "Requests that failed in the last second"),
+    "tokens": ("output_tokens_per_second", "Output tokens of the last second"),
+    "in_flight": ("in_flight", "Requests on their way"),
+    "ttft_p50_ms": ("ttft_p50_seconds", "Median time to first token of the last second, mean over the load nodes"),
+    "ttft_p99_ms": ("ttft_p99_seconds", "p99 of the time to first token of the last second, of the worst load node"),
+}
+
 
 async def _count(state: State) -> AsyncIterator[Metric]:
     """Counts of objects by state; yields families, turning the loop between slices."""
@@ -182,6 +218,11 @@ async def _count(state: State) -> AsyncIterator[Metric]:
     yield _gauge("herder_services", "Services", len(state.services))
     replicas = await _tally(state.replicas, lambda replica: (replica.state,))
     yield _by("herder_replicas", "Replicas by state", ("state",), replicas)
+    benchmarks = await _tally(state.benchmarks, lambda benchmark: (benchmark.state,))
+    always = [(name,) for name in BENCHMARK_STATES]
+    yield _by("herder_benchmarks", "Benchmarks kept, by state", ("state",), benchmarks, always)
+    points = await _tally(state.points, lambda point: (point.state,))
+    yield _by("herder_benchmark_points", "Points of the benchmarks kept, by state", ("state",), points)
     jobs = await _tally(state.jobs.facts, lambda facts: (facts.state,))
     yield _by("herder_jobs", "Jobs kept, by state", ("state",), jobs, [(name,) for name in JOB_STATES])
 

@@ -16,7 +16,10 @@ from common import limits
 from common.errors import HerderError
 from common.tasks import Supervisor
 from head.api import (
+    artifacts,
     backup,
+    benchmark_results,
+    benchmarks,
     bodies,
     copies,
     docs,
@@ -53,6 +56,9 @@ ROUTES: tuple[Route, ...] = (
     *logs.ROUTES,
     *recipes.ROUTES,
     *jobs.ROUTES,
+    *benchmarks.ROUTES,
+    *benchmark_results.ROUTES,
+    *artifacts.ROUTES,
     *events.ROUTES,
     *story.ROUTES,
     *keys.ROUTES,
@@ -150,7 +156,9 @@ async def _handle(call: Call, door: middleware.Door) -> web.StreamResponse:
         call.principal.require(route.role)
     query = bodies.decode_query(list(request.query.items()), route.query)
     body, raw_body = None, b""
-    if route.body is None:
+    if route.streams_body:
+        pass  # of any length: the handler bounds it, and reads it as it comes
+    elif route.body is None:
         await bodies.read_nothing(request)
     else:
         raw_body = await bodies.read_body(request, takes_yaml=route.takes_yaml, is_optional=route.is_body_optional)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import re
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -58,6 +59,16 @@ async def _read_in_time(request: web.Request, limit: int) -> bytes:
             return await _read(request, limit)
     except TimeoutError:
         raise TimedOut(f"the body did not arrive within {limits.BODY_READ_S:g} s") from None
+    except web.RequestPayloadError:
+        raise InvalidRequest("the body's framing is broken") from None
+
+
+async def pieces(request: web.Request) -> AsyncIterator[bytes]:
+    """The body as it comes, for a handler that bounds it and its time. Raises: InvalidRequest."""
+    await _continue(request)
+    try:
+        while piece := await request.content.readany():
+            yield piece
     except web.RequestPayloadError:
         raise InvalidRequest("the body's framing is broken") from None
 

@@ -60,6 +60,7 @@ class Shared:
             "service": pages.Ordered(lambda: driver.state.services),
             "replica": pages.Ordered(lambda: driver.state.replicas),
             "key": pages.Ordered(lambda: driver.state.keys),
+            "benchmark": pages.Ordered(lambda: driver.state.benchmarks, rank=lambda made: -made.created_ms),
             "job": pages.Ordered(lambda: driver.state.jobs.facts, rank=lambda facts: -facts.created_ms),
         }
 

@@ -21,6 +21,7 @@ TAGS = {
     "nodes": "Machines that run an agent, and their devices.",
     "services": "Desired state, the engines that run for it, and their logs.",
     "jobs": "Durable graphs of steps.",
+    "benchmarks": "Load that load nodes put on services and URLs together, what it measured, and what it was made of.",
     "plan": "What a model needs and how fast it would be: memory, time, cost, layouts, engine settings. Nothing is "
     "changed and nothing runs; every number says what it counts and how far it may be off.",
     "events": "Every change as it becomes durable.",
@@ -34,6 +35,9 @@ _PATH_PARAMETERS = {
     "model": "The model's name, with `/` plain or as `%2F`.",
     "device": "`node:disk`, `node:dram` or `node:gpu0`.",
     "id": "The id.",
+    "path": "The file's name as the list of files says it.",
+    "run": "The run's id.",
+    "artifact": "The file's name.",
     "kind": "node, model, copy, service, replica or job.",
 }
 _ALWAYS = ("internal",)
@@ -112,12 +116,15 @@ def _operation(route: Route) -> dict[str, Any]:
     if parameters:
         operation["parameters"] = parameters
     if route.body is not None:
-        schema = {"$ref": _REF.format(name=route.body.__name__)}
+        schema: dict[str, Any] = {"$ref": _REF.format(name=route.body.__name__)}
         kinds = ("application/json", "application/yaml") if route.takes_yaml else ("application/json",)
         operation["requestBody"] = {
             "required": not route.is_body_optional,
             "content": {kind: {"schema": schema} for kind in kinds},
         }
+    elif route.streams_body:
+        schema = {"type": "string", "contentEncoding": "binary", "description": route.streams_body}
+        operation["requestBody"] = {"required": True, "content": {"application/octet-stream": {"schema": schema}}}
     return operation
 
 

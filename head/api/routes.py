@@ -102,6 +102,7 @@ class Route:
     status: int = 200
     codes: tuple[str, ...] = ()
     takes_yaml: bool = False
+    streams_body: str = ""  # what the body holds, of a route that reads it itself, as it comes
     is_reading: bool = False  # a POST that changes nothing: its body is only too rich for a query
     description: str = ""
 

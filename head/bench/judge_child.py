@@ -8,12 +8,9 @@ and its point, nothing else.
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import resource
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,10 @@ import msgspec
 from common.errors import HerderError, Internal, InvalidRecipe, MemoryFull, NotFound
 from common.fsio import make_directories, write_atomic
 from head.bench.questions import Answered, AnyQuestion, Check, Export, Judge, Judged, Write
-from head.bench.store import told
+from head.bench.store import LOAD_FILE, REPORT_FILE, told
+from head.bench.summary import summary_csv
 
-REPORT_FILE = "report.json"
-LOAD_FILE = "load.bin"
 SERIES_BYTES = 268_435_456  # of monitors' files in a page, all together; what is beyond is in the files only
-_POINT_COLUMNS = ("point", "repetition", "status", "is_valid", "reasons", "coverage", "skew_ms")
 
 
 def main() -> int:
@@ -117,31 +112,6 @@ def write(question: Write) -> list[str]:
     return written
 
 
-def summary_csv(benchmark: Mapping[str, Any]) -> str:
-    """One line per point of a benchmark's view: what was varied, how it ended, its figures."""
-    points = benchmark.get("points") or []
-    changed = list(dict.fromkeys(name for point in points for name in point["changes"]))
-    figures = list(dict.fromkeys(name for point in points for name in point["figures"]))
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*_POINT_COLUMNS, *(f"load.{name}" for name in changed), *figures])
-    for point in points:
-        writer.writerow(
-            [
-                point["number"],
-                point["repetition"],
-                point["status"],
-                str(point["is_valid"]).lower(),
-                " ".join(point["reasons"]),
-                f"{point['coverage']:.6g}",
-                f"{point['skew_ms']:.3f}",
-                *(_cell(point["changes"].get(name)) for name in changed),
-                *(_cell(point["figures"].get(name)) for name in figures),
-            ]
-        )
-    return out.getvalue()
-
-
 def check(question: Check) -> dict[str, Any]:
     """The recipe as plain data with its times as numbers. Raises: InvalidRecipe."""
     from common.bench.recipe import convert
@@ -161,7 +131,7 @@ def _page(folder: Path, benchmark: dict[str, Any]) -> str:
     for point in benchmark.get("points") or []:
         path = folder / "points" / str(point["number"]) / REPORT_FILE
         if path.is_file():
-            reports.append(msgspec.json.decode(path.read_bytes()))
+            reports.append(msgspec.json.decode(path.read_bytes()) | {"point": point})
     return html.render(benchmark, reports, _series(folder, f"{benchmark['id']}.monitor."))
 
 
@@ -184,14 +154,6 @@ def _read(path: str) -> Any:
     from common.bench.outcome import decode
 
     return decode(Path(path).read_bytes())
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from head.api import render_benchmarks
 from head.bench.judge import Judges
 from head.bench.live import Live
 from head.bench.questions import Judge, Judged, PartFile, Write
-from head.bench.store import Store
+from head.bench.store import LOAD_FILE, Store
 from head.bench.uploads import Uploads
 from head.core import benchmark_facts
 from head.core.effects import JudgePoint, MeasureClock, RemoveBenchmark, WriteBenchmark
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from head.sessions import Sessions
 
 log = logging.getLogger(__name__)
-LOAD_FILE = "load.bin"
 LOGS_AT_ONCE = 8
 LOG_S = 120.0
 SWEEP_S = 1.0

@@ -26,6 +26,8 @@ from common.errors import DiskFull, HerderError, Internal, InvalidName, NotFound
 from common.fsio import allocate, make_directories, sync_directory, write_atomic
 
 FOLDER = "benchmarks"
+LOAD_FILE = "load.bin"  # a run as its load node sent it, and a point as it was merged
+REPORT_FILE = "report.json"
 FILES_LISTED = 100_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _ARTIFACT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")

@@ -25,6 +25,8 @@ from common.recipe import load_recipes
 from head.api.app import SHARED, build_app
 from head.api.call import Shared
 from head.auth import new_token
+from head.bench.performer import Performer
+from head.bench.store import Store
 from head.config import HeadConfig
 from head.context import HeadContext, RandomIds
 from head.core import events as ev
@@ -34,6 +36,7 @@ from head.core.objects import Step as JobStep
 from head.core.state import Live, State
 from head.core.step import step
 from head.core.turn import Turn
+from head.daemon import read_benchmark_recipes
 from head.driver import Driver
 from head.feed import Feed
 from head.journal import Journal
@@ -210,9 +213,16 @@ async def api_head(
     metrics.attach(driver, opened, sessions, feed)
     loaded = load_recipes(RECIPES)
     paths = {name: path for name, (_, path) in loaded.items()}
-    context = HeadContext(driver, config, sessions, opened, feed, metrics, clock, ids, "9.9", paths)
+    performer = driver.performer = Performer(driver, sessions, Store(tmp_path))
+    benchmarks, places = read_benchmark_recipes(config)
+    context = HeadContext(
+        driver, config, sessions, opened, feed, metrics, clock, ids, "9.9", paths,
+        benchmarks=performer, benchmark_paths=places,
+    )  # fmt: skip
+    await performer.start()
     driver.start(sessions, with_ticks=False)
-    driver.post(ev.HeadStarted("cluster-1", b"k" * 32, {name: recipe for name, (recipe, _) in loaded.items()}))
+    recipes = {name: recipe for name, (recipe, _) in loaded.items()}
+    driver.post(ev.HeadStarted("cluster-1", b"k" * 32, recipes, benchmark_recipes=benchmarks, version="9.9"))
     app = build_app(context)
     runner = web.AppRunner(app, shutdown_timeout=0.2)
     await runner.setup()
@@ -231,6 +241,7 @@ async def api_head(
         finally:
             feed.close()
             await runner.cleanup()
+            await performer.close()
             await driver.stop()
             if journal is None:
                 opened.close()
