@@ -87,7 +87,8 @@ def rows_of(benchmark: Mapping[str, Any], reports: Sequence[Mapping[str, Any]]) 
     written: dict[int, Mapping[str, Any]] = {}
     points: dict[int, Mapping[str, Any]] = {}
     for place, report in enumerate(reports):
-        point = report.get("point") or {}
+        told = report.get("point")
+        point = told if isinstance(told, Mapping) else {"number": told}
         number = _whole(point.get("number"), place)
         written[number] = report
         points[number] = point
