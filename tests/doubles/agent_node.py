@@ -5,7 +5,7 @@ or when told. Crashes of each part leave exactly what the real part leaves behin
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from agent import holder_protocol as holder
 from agent.core import effects as fx
@@ -39,6 +39,16 @@ class Process:
 
 
 @dataclass
+class Run:
+    """A run's process and directory on the made-up machine. said: what its process wrote last; ended: it is gone."""
+
+    generation: int
+    said: ev.RunSaid
+    fired_ns: int = 0
+    ended: bool = False
+
+
+@dataclass
 class Node:
     """The core with its surroundings. `is_eager`: mover and holder answer at once."""
 
@@ -51,6 +61,9 @@ class Node:
     held: set[str] = field(default_factory=set)  # keys that the holder holds
     processes: dict[str, Process] = field(default_factory=dict)  # replica -> its process
     exits: dict[tuple[str, int], int] = field(default_factory=dict)  # (replica, run) -> exit code, as exit.json
+    runs: dict[str, Run] = field(default_factory=dict)  # by run
+    run_spawns: list[tuple[str, int]] = field(default_factory=list)  # (run, generation) of every process made
+    uploads: dict[str, int] = field(default_factory=dict)  # run -> generation, under way
     mover_asks: dict[str, mover.Request] = field(default_factory=dict)
     holder_asks: dict[str, holder.Request] = field(default_factory=dict)
     effects: list[fx.Effect] = field(default_factory=list)  # since `clear`
@@ -80,6 +93,7 @@ class Node:
         self.session_id = ""
         self.mover_asks.clear()
         self.holder_asks.clear()
+        self.uploads.clear()
         self.post(ev.AgentStarted(self.boot_id, "/store/models", self.lease_until_ms))
         self.post(ev.MoverReady(self._copies()))
         self.post(ev.HolderReady(self._holdings()))
@@ -102,6 +116,8 @@ class Node:
         """Everything volatile is gone."""
         self.boot_id = f"{self.boot_id}x"
         self.processes.clear()
+        for run in self.runs.values():
+            run.ended = True
         self.held.clear()
         self.lease_until_ms = 0
         self.start()
@@ -164,7 +180,74 @@ class Node:
                 if self.is_eager:
                     self.obey(effect.replica, effect.run)
             case _:
+                self._perform_run(effect)
+
+    def _perform_run(self, effect: fx.Effect) -> None:
+        match effect:
+            case fx.SpawnRun():
+                name, generation = effect.order.run, effect.generation
+                assert name not in self.runs, "a run is made where one is"
+                assert (name, generation) not in self.run_spawns, "a run of one generation is made twice"
+                assert effect.order.spec, "a run without its spec"
+                self.run_spawns.append((name, generation))
+                self.runs[name] = Run(generation, ev.RunSaid(name, generation, "preparing"))
+                self.post(ev.RunStarted(name, generation, 100, 7))
+            case fx.AttachRun():
+                self._attach_run(effect)
+            case fx.StartRun():
+                run = self.runs.get(effect.run)
+                if run is not None and run.generation == effect.generation and not run.fired_ns:
+                    run.fired_ns = effect.start_boottime_ns
+                    if self.is_eager:
+                        self.run_says(effect.run, "running", start_boottime_ns=run.fired_ns)
+            case fx.SignalRun():
+                if effect.is_kill:
+                    self.run_ends(effect.run, exit_code=-9)
+                elif self.is_eager:
+                    self.run_ends(effect.run, "ended")
+            case fx.UploadRun():
+                assert effect.run not in self.uploads, "files are sent twice at the same time"
+                self.uploads[effect.run] = effect.generation
+                if self.is_eager:
+                    self.uploaded(effect.run)
+            case fx.ForgetRun():
+                self.uploads.pop(effect.run, None)
+                self.runs.pop(effect.run, None)
+                if self.is_eager:
+                    self.post(ev.RunForgotten(effect.run))
+            case _:
                 pass
+
+    def _attach_run(self, effect: fx.AttachRun) -> None:
+        run = self.runs.get(effect.run)
+        if run is None or run.generation != effect.generation:
+            self.post(ev.RunEnded(effect.run, effect.generation, was_there=False))
+        elif run.ended:
+            self.post(ev.RunEnded(effect.run, effect.generation, run.said, last_log=("last words",)))
+        else:
+            self.post(ev.RunStarted(effect.run, effect.generation, 100, 7))
+            self.post(run.said)
+
+    def run_says(self, name: str, state: str, **told: object) -> None:
+        """The process of a run comes further."""
+        run = self.runs[name]
+        run.said = ev.RunSaid(name, run.generation, state, **told)  # type: ignore[arg-type]
+        self.post(run.said)
+
+    def run_ends(self, name: str, state: str = "", error: ErrorInfo | None = None, exit_code: int = 0) -> None:
+        """The process of a run ends, having said so (`state`) or not."""
+        run = self.runs.get(name)
+        if run is None or run.ended:
+            return
+        run.ended = True
+        if state:
+            run.said = ev.RunSaid(name, run.generation, state, error=error)
+        self.post(ev.RunEnded(name, run.generation, run.said, exit_code, ("last words",)))
+
+    def uploaded(self, name: str, error: ErrorInfo | None = None) -> None:
+        """The head has taken a run's files, or will not."""
+        generation = self.uploads.pop(name)
+        self.post(ev.RunUploaded(name, generation, () if error else ("load.bin",), error))
 
     def obey(self, replica: str, run: int) -> None:
         """An engine ends because it was told to."""
@@ -269,6 +352,11 @@ class Node:
         task = self.state.replicas.get(replica)
         return task.state if task is not None else ""
 
+    def run_state(self, run: str = "b1.0.0") -> str:
+        """A run's state, "" when there is none."""
+        task = self.state.runs.get(run)
+        return task.state if task is not None else ""
+
 
 def op_of(body: wire.AnyCommand) -> str:
     """The op id that the head gives a command."""
@@ -277,6 +365,12 @@ def op_of(body: wire.AnyCommand) -> str:
             return f"copy:{body.model}@{body.revision}|n1:{body.storage}"
         case wire.EnsureReplica() | wire.StopReplica():
             return f"replica:{body.replica}"
+        case wire.EnsureRun():
+            return f"run:{body.run}"
+        case wire.FireRun():
+            return f"fire:{body.run}"
+        case wire.EndRun():
+            return f"end:{body.run}"
         case _:
             return "check:1"
 
@@ -304,3 +398,14 @@ def ensure_replica(replica: str = "chat-0", **fields: object) -> wire.EnsureRepl
         **fields,
     }
     return wire.EnsureReplica(replica, **values)  # type: ignore[arg-type]
+
+
+def ensure_run(run: str = "b1.0.0", kind: str = "load", **fields: Any) -> wire.EnsureRun:
+    """An order for a part of a benchmark."""
+    values: dict[str, Any] = {
+        "spec": {"rate": 1, "duration": 1} if kind == "load" else {"interval": 1, "engines": []},
+        "urls": ("http://10.0.0.1:8000",) if kind == "load" else (),
+        "token": "secret" if kind == "load" else "",
+        **fields,
+    }
+    return wire.EnsureRun(run, kind, **values)
