@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import ssl
 import subprocess
 import sys
@@ -22,6 +21,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.doubles import prometheus_run
+
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "monitoring" / "prometheus"
 GLOSSARY = ROOT / "docs" / "metrics.md"
@@ -29,10 +30,7 @@ START_S = 30.0
 AGENT_SECRET = "a-secret-that-only-prometheus-and-the-agents-know"
 
 pytestmark = pytest.mark.xdist_group("prometheus")  # one cluster for the module
-needs_prometheus = pytest.mark.skipif(
-    not (shutil.which("prometheus") and shutil.which("promtool")),
-    reason="no prometheus on PATH: apt-get install prometheus (scripts/test does)",
-)
+needs_prometheus = prometheus_run.NEEDED
 
 
 class Daemon:
@@ -191,25 +189,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def adapted(cluster: Cluster) -> Path:
-    """The shipped configuration with this cluster's address and token files, and without long waits."""
-    text = (SHIPPED / "prometheus.yml").read_text()
-    scheme, _, host = cluster.url.partition("://")
-    assert text.count("127.0.0.1:8470") == 2
-    text = text.replace("127.0.0.1:8470", host)
-    text = text.replace("/etc/prometheus/herder.token", str(cluster.viewer_file))
-    text = text.replace("/etc/prometheus/herder-agents.token", str(cluster.agents_file))
-    config = yaml.safe_load(text)
-    config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
-    config["rule_files"] = [str(SHIPPED / name) for name in config["rule_files"]]
-    head, agents = config["scrape_configs"]
-    (discovery,) = agents["http_sd_configs"]
-    discovery["refresh_interval"] = "1s"
-    if cluster.certificate:  # as the comments of the file say
-        head |= {"scheme": scheme, "tls_config": {"ca_file": str(cluster.certificate)}}
-        discovery |= {"url": discovery["url"].replace("http:", "https:"), "tls_config": head["tls_config"]}
-    path = cluster.folder / "prometheus.yml"
-    path.write_text(yaml.safe_dump(config))
-    return path
+    """The shipped configuration for this cluster."""
+    return prometheus_run.adapted(
+        cluster.folder,
+        cluster.url,
+        head_token=cluster.viewer_file,
+        agents_token=cluster.agents_file,
+        certificate=cluster.certificate,
+    )
 
 
 def promtool(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -220,19 +207,8 @@ def promtool(*arguments: str, text: str | None = None) -> subprocess.CompletedPr
 @contextmanager
 def prometheus(cluster: Cluster) -> Iterator[Callable[[str], Any]]:
     """A running Prometheus with the shipped configuration; gives the `data` of its API's answers."""
-    daemon = Daemon(
-        cluster.folder / "prometheus.log",
-        "prometheus",
-        f"--config.file={adapted(cluster)}",
-        f"--storage.tsdb.path={cluster.folder / 'tsdb'}",
-        "--web.listen-address=127.0.0.1:0",
-    )
-    try:
-        address = daemon.said(r'msg="Listening on" address=(127\.0\.0\.1:[1-9]\d*)')
-        until(lambda: is_up(f"http://{address}/-/ready"), "a ready Prometheus")
+    with prometheus_run.running(cluster.folder, adapted(cluster)) as address:
         yield lambda path: json.loads(fetch(f"http://{address}/api/v1/{path}"))["data"]
-    finally:
-        daemon.end()
 
 
 def query(ask: Callable[[str], Any], expression: str) -> dict[str, str]:

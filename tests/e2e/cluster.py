@@ -150,6 +150,7 @@ class Agent(Daemon):
         self.store = folder / "state" / "store"
         self.limits: dict[str, int] = {}  # other than the real ones
         self.prefix: list[str] = []  # of its command line: what it is run under
+        self.environ: dict[str, str] = {}  # beside the usual
         self.settings: dict[str, object] = {
             "head_url": head_url,
             "node_id": node,
@@ -170,7 +171,7 @@ class Agent(Daemon):
     def begin(self) -> None:
         """Starts it without waiting."""
         argv = [*self.prefix, *daemon_argv("agent", self.limits), "--config", str(self.write())]
-        self.spawn(argv, clean_environ())
+        self.spawn(argv, {**clean_environ(), **self.environ})
 
     def write(self, name: str = "agent.yaml", **changes: object) -> Path:
         """Writes its configuration, changed where asked."""

@@ -38,7 +38,8 @@ class Handler(BaseHTTPRequestHandler):
         print(f"chat of {count} words", flush=True)
         if not asked.get("stream"):
             text = " ".join(f"w{number}" for number in range(count))
-            self.answer({"object": "chat.completion", "choices": [{"index": 0, "message": {"content": text}}]})
+            choice = {"index": 0, "message": {"content": text}, "finish_reason": "length"}
+            self.answer({"object": "chat.completion", "choices": [choice], "usage": usage(count)})
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -47,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
         for number in range(count):
             self.event(json.dumps({"choices": [{"index": 0, "delta": {"content": f"w{number} "}}]}))
             time.sleep(WORD_S)
+        if (asked.get("stream_options") or {}).get("include_usage"):
+            self.event(json.dumps({"choices": [], "usage": usage(count)}))
         self.event("[DONE]")
         self.wfile.write(b"0\r\n\r\n")
 
@@ -67,6 +70,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Quiet."""
+
+
+def usage(count: int) -> dict[str, int]:
+    """As engines tell it."""
+    return {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
 
 
 class Server(ThreadingHTTPServer):
