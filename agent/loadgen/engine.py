@@ -78,6 +78,8 @@ class Share:
     """Opened before the start."""
     limits: Limits = field(default_factory=Limits)
     keeps_text: bool = False
+    most_rows: int = 1 << 62
+    """Sending ends when so many requests have ended."""
     counter: Callable[[str], int] | None = None
     """Counts, after the run, the tokens of answers that the server told none of. Raises: ValueError."""
 
@@ -127,6 +129,8 @@ class Engine:
         self.start_ns = 0
         self.is_stopping = False
         self.stopped_ns: int | None = None
+        self.filled_ns: int | None = None
+        """When it stopped for the most rows."""
         self.live: dict[Call, Connection] = {}
         self._count_tokens, self._on_control, self._on_tick = count_tokens, on_control, on_tick
         self._control_fd = control_fd
@@ -428,6 +432,10 @@ class Engine:
         self.records.lag.add_all(self.lags)
         self.lags.clear()
         limits = self.share.limits
+        if len(self.records) >= self.share.most_rows and not self.is_stopping:
+            self.records.count("too_many")
+            self.filled_ns = now
+            self.stop()
         if self.share.until_ns is not None and not self.is_stopping and now >= self.start_ns + self.share.until_ns:
             self._due = [entry for entry in self._due if entry[4] > 0]  # turns of conversations go on
             heapq.heapify(self._due)

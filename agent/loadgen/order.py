@@ -279,7 +279,7 @@ def shares_of(order: Order) -> list[Share]:
                 concurrency * number // everywhere, concurrency, requests, until_ns, asked_for.think,
                 asked_for.turn_think, asked_for.stagger, window, connections, limits,
                 order.tokenizer is not None or order.counter is not None or asked_for.live_replies,
-                order.counter if order.style.api.makes_tokens else None,
+                schedule.MAX_ARRIVALS // everywhere, order.counter if order.style.api.makes_tokens else None,
             )
         )  # fmt: skip
     return shares

@@ -189,9 +189,10 @@ def _messages(buffer: bytearray) -> Iterator[dict[str, Any]]:
         (length,) = _LENGTH.unpack_from(buffer)
         if len(buffer) < _LENGTH.size + length:
             return
-        body = bytes(buffer[_LENGTH.size : _LENGTH.size + length])
+        with memoryview(buffer) as view, view[_LENGTH.size : _LENGTH.size + length] as body:
+            message = msgspec.msgpack.decode(body, strict=False)
         del buffer[: _LENGTH.size + length]
-        yield msgspec.msgpack.decode(body, strict=False)
+        yield message
 
 
 def _take(
@@ -240,9 +241,9 @@ def _fork(share: Share, count_tokens: Callable[[str], int] | None, others: Seque
 
 def _say(fd: int, message: dict[str, Any]) -> None:
     body = msgspec.msgpack.encode(message)
-    view = memoryview(_LENGTH.pack(len(body)) + body)
-    while view:
-        view = view[os.write(fd, view) :]
+    for view in (memoryview(_LENGTH.pack(len(body))), memoryview(body)):
+        while view:
+            view = view[os.write(fd, view) :]
 
 
 def _work(share: Share, count_tokens: Callable[[str], int] | None, control_fd: int, result_fd: int) -> None:
@@ -290,6 +291,7 @@ def _work(share: Share, count_tokens: Callable[[str], int] | None, control_fd: i
             "descriptors": hard,
             "soft_descriptors": soft,
         }
+        | ({"filled_ns": engine.filled_ns - engine.start_ns} if engine.filled_ns is not None else {})
     )
     engine.close()
     if share.counter is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.bench.metrics import MS
 from common.bench.records import OUTCOMES, Records
-from common.bench.report import Report
+from common.bench.report import MAX_DETAIL, Report
 
 FORMATS = ("json", "csv", "vllm", "genai-bench")
 _SHARES = {"p50": "50", "p90": "90", "p95": "95", "p99": "99"}
@@ -91,7 +91,9 @@ def to_vllm(report: Report, records: Records) -> dict[str, Any]:
 
 
 def to_genai_bench(report: Report, records: Records) -> dict[str, Any]:
-    """As genai-bench writes a run; times in seconds."""
+    """As genai-bench writes a run; times in seconds. Raises: ValueError for too many requests."""
+    if len(records) > MAX_DETAIL:
+        raise ValueError(f"{len(records):,} requests; this format holds each, at most {MAX_DETAIL:,}")
     plan, rates = report.plan, report.throughput
     seconds = report.window["end_s"] - report.window["begin_s"]
     good: list[dict[str, Any]] = []

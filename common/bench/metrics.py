@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -149,12 +150,12 @@ class Window:
         return self.begin_ns <= at_ns < self.end_ns
 
 
-def latencies(records: Records, window: Window) -> dict[str, list[int]]:
+def latencies(records: Records, window: Window) -> dict[str, array[int]]:
     """Samples of every per-request metric, of the good requests that were to be sent in the window."""
     names = (
         "ttft", "ttft_sched", "ttfo", "tpot", "stall", "e2e", "e2e_sched", "tail", "send_delay", "send_lag", "connect",
     )  # fmt: skip
-    found: dict[str, list[int]] = {name: [] for name in names}
+    found = {name: array("q") for name in names}
     wanted = (
         "scheduled", "acted", "sent", "first", "first_output", "last", "end", "connect", "chunks", "stall", "output",
         "first_tokens", "outcome",

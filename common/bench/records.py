@@ -129,9 +129,9 @@ class Records:
         self.rows.extend(row)
 
     def to_wire(self) -> dict[str, Any]:
-        """As plain data for a pipe."""
+        """As plain data for a pipe; its rows are these, not copies."""
         return {
-            "rows": self.rows.tobytes(),
+            "rows": memoryview(self.rows).cast("B"),
             "icl": self.icl.to_wire(),
             "itl": self.itl.to_wire(),
             "lag": self.lag.to_wire(),

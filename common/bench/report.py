@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from common.bench.verdict import Finding, Steadiness
 from herder import __version__
 
 SCHEMA_VERSION = 1
+MAX_DETAIL = 200_000  # requests that are written one by one: a kilobyte of memory and text each
 
 
 class Throughput(msgspec.Struct, frozen=True):
@@ -121,6 +123,9 @@ def window_of(asked: Asked, outcome: Outcome) -> tuple[Window, str]:
         rule = "from warm-up to the last answer less cool-down"
     if outcome.stopped_ns is not None and outcome.stopped_ns < end:
         end, rule = outcome.stopped_ns, "from warm-up to the interruption"
+    filled = min((worker["filled_ns"] for worker in outcome.records.workers if "filled_ns" in worker), default=end)
+    if filled < end:
+        end, rule = filled, "from warm-up to the most requests that a run may keep"
     end = end // GRID_NS * GRID_NS
     return Window(begin, max(end, begin + GRID_NS)), rule
 
@@ -137,12 +142,12 @@ def build(asked: Asked, outcome: Outcome) -> Report:
     latency = {name: summarize(values, failed if name in adjusted else 0) for name, values in samples.items()}
     latency |= {"icl": of_histogram(records.icl), "itl": of_histogram(records.itl)}
     lag = of_histogram(records.lag)
-    points = [
-        (at / NS, (last - at) / MS)
-        for at, last, code in records.columns("scheduled", "last", "outcome")
-        if code == 0 and window.holds(at)
-    ]
-    steady = verdict.steadiness(points)
+    times, values = array("d"), array("d")
+    for at, last, code in records.columns("scheduled", "last", "outcome"):
+        if code == 0 and window.holds(at):
+            times.append(at / NS)
+            values.append((last - at) / MS)
+    steady = verdict.steadiness(times, values)
     token_source = _main_source(records)
     reasons = verdict.reasons(
         records,
@@ -303,13 +308,14 @@ def _histograms(records: Records, samples: Mapping[str, Sequence[int]]) -> dict[
 
 def series(records: Records, due_ns: Sequence[int]) -> list[Second]:
     """The run second by second."""
-    rows = list(records.columns("scheduled", "acted", "sent", "first", "end", "outcome"))
-    last = max((row[4] for row in rows), default=-1) // NS
+    last = max(records.column("end"), default=-1) // NS
     if last < 0 or last > 1_000_000:
         return []
     due, sent, ended, failed, change, lag = ([0] * (last + 2) for _ in range(6))
-    ttft: list[list[int]] = [[] for _ in range(last + 2)]
-    for scheduled, acted, went, first, end, outcome in rows:
+    ttft = [array("q") for _ in range(last + 2)]
+    for scheduled, acted, went, first, end, outcome in records.columns(
+        "scheduled", "acted", "sent", "first", "end", "outcome"
+    ):
         at = min(max(scheduled // NS, 0), last)
         due[at] += 1
         if acted >= 0:
@@ -348,7 +354,9 @@ def machine() -> dict[str, Any]:
 
 
 def detail(records: Records) -> list[dict[str, Any]]:
-    """Every request, times in milliseconds after the start of the run."""
+    """Every request, times in milliseconds after the start of the run. Raises: ValueError for too many."""
+    if len(records) > MAX_DETAIL:
+        raise ValueError(f"{len(records):,} requests; their detail is given for at most {MAX_DETAIL:,}")
     from common.bench.records import COLUMNS
 
     times = {"scheduled", "acted", "sent", "first", "first_output", "last", "end", "connect", "stall"}

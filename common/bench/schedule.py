@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 NS = 1_000_000_000
-MAX_ARRIVALS = 20_000_000
+MAX_ARRIVALS = 2_000_000
+"""Of one run, on all its nodes: each leaves a row, and whoever makes the report holds all of them."""
 EVEN = math.inf  # the burstiness of equal gaps
 
 
@@ -245,6 +246,7 @@ def from_times(times_s: Sequence[float], *, speed: float = 1.0, name: str, limit
     limit_s: what would be sent later than this after the start is left out.
     """
     _check(bool(times_s), "a trace without arrivals")
+    _check(len(times_s) <= MAX_ARRIVALS, f"more than {MAX_ARRIVALS:,} requests; take a part of the trace")
     _check(speed > 0 and math.isfinite(speed), "a trace's speed must be more than 0")
     first = min(times_s)
     times = array("q", (round((at - first) / speed * NS) for at in sorted(times_s)))

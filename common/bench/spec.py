@@ -201,6 +201,9 @@ def schedule_of(spec: LoadSpec) -> Schedule:
         burstiness = schedule.EVEN if kind in ("constant", "burst") else 1.0
     elif kind in ("poisson", "constant", "burst"):
         raise ValueError(f"burstiness is for arrivals gamma and the rates that change, not {kind}")
+    most = schedule.MAX_ARRIVALS // spec.turns
+    if (spec.requests or 0) > most:
+        raise ValueError(f"{spec.requests:,} conversations of {spec.turns} turns; at most {most:,}")
     drawn = schedule.draw(
         profile,
         burstiness=burstiness,

@@ -29,6 +29,7 @@ RULES = {
     "late": "p99 of send_lag > max(1 ms, 1 % of the median e2e); not asked of offline runs",
     "client_limited": "p99 of client_lag > max(2 ms, 5 % of the median tpot), or a worker used over 85 % of a core",
     "rate_missed": "open loop, not offline: fewer than 99 % of the requests due in the window were sent in it",
+    "too_many": "more requests than one run may keep: sending ended there",
     "no_socket": "this machine ran out of descriptors or ports",
     "drain_timeout": "requests were cut off because they outlasted the drain time",
     "clock_skew": "the wall clock was set by more than 1 ms during the run",
@@ -93,6 +94,10 @@ def reasons(
     outcomes = counts_of(records)
     if outcomes.get("no_socket"):
         found.append(Finding("no_socket", f"{outcomes['no_socket']} requests found no descriptor or port here"))
+    if records.facts.get("too_many"):
+        found.append(
+            Finding("too_many", f"sending ended after {len(records):,} requests, the most of one run; a shorter one?")
+        )
     if cut := records.facts.get("drain_timeouts"):
         found.append(Finding("drain_timeout", f"{cut} requests were cut off; a longer --drain lets them end"))
     if steps := records.facts.get("clock_steps"):
@@ -184,18 +189,17 @@ def counts_of(records: Records) -> dict[str, int]:
     return found
 
 
-def steadiness(points: Sequence[tuple[float, float]]) -> Steadiness:
-    """Whether values rise with time: least squares over (seconds, value)."""
-    if len(points) < STEADY_LEAST:
+def steadiness(times: Sequence[float], values: Sequence[float]) -> Steadiness:
+    """Whether values rise with time, in seconds: least squares."""
+    if len(times) < STEADY_LEAST:
         return Steadiness("unknown")
-    times, values = [at for at, _ in points], [value for _, value in points]
     middle, mean = statistics.fmean(times), statistics.fmean(values)
     spread = sum((at - middle) ** 2 for at in times)
     if spread == 0 or mean == 0:
         return Steadiness("unknown")
-    slope = sum((at - middle) * (value - mean) for at, value in points) / spread
-    rest = sum((value - mean - slope * (at - middle)) ** 2 for at, value in points)
-    error = math.sqrt(rest / (len(points) - 2) / spread)
+    slope = sum((at - middle) * (value - mean) for at, value in zip(times, values, strict=True)) / spread
+    rest = sum((value - mean - slope * (at - middle)) ** 2 for at, value in zip(times, values, strict=True))
+    error = math.sqrt(rest / (len(times) - 2) / spread)
     t_value = slope / error if error > 0 else math.copysign(1e9, slope) if slope else 0.0
     change = slope * (max(times) - min(times)) / mean
     # Student's t at 95 % is between 1.96 and 2.05 for 28 degrees of freedom and more.

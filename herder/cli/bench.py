@@ -100,18 +100,15 @@ def command(options: Globals, /, **given: Any) -> int:
     live = Live(options, order)
     report, outcome = perform(order, on_tick=live.take, on_start=live.begin)
     live.end()
-    if given["save"]:
-        _save(given, report, outcome)
+    said = _save(given, report, outcome) if given["save"] else ""
     value: Any = report
     if given["detail"]:
-        import msgspec
-
-        from common.bench.report import detail
-
-        value = msgspec.to_builtins(report) | {"requests": detail(outcome.records)}
+        value, said = _detailed(report, outcome)
     output.emit(options, value, render(report))
-    for said in outcome.said:
-        output.note(options, f"a worker: {said}")
+    if said:
+        output.note(options, f"left out: {said}")
+    for words in outcome.said:
+        output.note(options, f"a worker: {words}")
     if outcome.is_interrupted:
         return output.EXIT_INTERRUPTED
     return output.EXIT_OK if report.is_valid else output.EXIT_FAILED
@@ -142,23 +139,40 @@ def _token_for(options: Globals, url: str, headers: tuple[str, ...]) -> str:
     return own.token if is_own else ""
 
 
-def _save(given: dict[str, Any], report: Any, outcome: Any) -> None:
-    """Writes the report in its format."""
+def _detailed(report: Any, outcome: Any) -> tuple[dict[str, Any], str]:
+    """(the report with every request, why without)."""
+    import msgspec
+
+    from common.bench.report import detail
+
+    value: dict[str, Any] = msgspec.to_builtins(report)
+    try:
+        return value | {"requests": detail(outcome.records)}, ""
+    except ValueError as error:
+        return value, str(error)
+
+
+def _save(given: dict[str, Any], report: Any, outcome: Any) -> str:
+    """Writes the report in its format; what could not be written, or nothing."""
     import msgspec
 
     from common.bench import formats
-    from common.bench.report import detail
 
+    said = ""
     path = Path(given["save"])
     kind = given["format_"] or ("csv" if path.suffix == ".csv" else "json")
     if kind == "csv":
         path.write_text(formats.to_csv(report))
-        return
+        return ""
     value: Any = msgspec.to_builtins(report)
     if kind == "vllm":
         value = formats.to_vllm(report, outcome.records)
     elif kind == "genai-bench":
-        value = formats.to_genai_bench(report, outcome.records)
+        try:
+            value = formats.to_genai_bench(report, outcome.records)
+        except ValueError as error:
+            return f"{path.name}: {error}"
     elif given["detail"]:
-        value |= {"requests": detail(outcome.records)}
+        value, said = _detailed(report, outcome)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+    return said

@@ -23,12 +23,15 @@ from typing import Any
 import psutil
 import pytest
 
+from agent.loadgen import order
 from agent.loadgen.apis import APIS, Api
 from agent.loadgen.clocks import Stamps
 from agent.loadgen.connection import Call, Connection, Endpoint
 from agent.loadgen.engine import Engine, Limits, Share
 from agent.loadgen.workload import Item
+from common.bench import schedule
 from common.bench.records import COLUMNS, OUTCOMES, Records
+from common.bench.spec import LoadSpec
 from tests.doubles.scripted_server import END, EVENT, STREAM, Server, Step, chunk, serving, stream, whole
 
 WIRE = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
@@ -464,6 +467,18 @@ def test_an_offline_run_is_never_late() -> None:
     assert not codes & {"late", "rate_missed", "held_back"}
     assert (report["counts"]["good"], report["goodput"]["good"], server.connections) == (12, 12, 2)
     assert report["latency"]["send_lag"]["max"] > 50
+
+
+def test_a_run_keeps_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed loop whose number nobody knew ends at the most rows of a run, and says so."""
+    monkeypatch.setattr(schedule, "MAX_ARRIVALS", 20)
+    with serving(lambda number: stream()) as server:
+        asked_for = LoadSpec(model="m", concurrency=4, duration=600.0, workers=2)
+        report, outcome = order.perform(order.order_of(asked_for, order.Aim((f"127.0.0.1:{server.port}",))))
+    assert report.counts["sent"] == len(server.requests) >= 20
+    assert "too_many" in [reason.code for reason in report.reasons]
+    assert "interrupted" not in [reason.code for reason in report.reasons]
+    assert report.window["end_s"] <= max(outcome.records.column("end")) / 1e9 + 0.01
 
 
 def test_no_more_on_their_way_than_allowed() -> None:

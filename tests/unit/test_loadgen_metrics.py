@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.bench import report
 from common.bench.histogram import MAX_VALUE, RELATIVE_ERROR, Histogram, bounds_of, bucket_of, nearest_rank
 from common.bench.metrics import MS, NS, Limit, Window, bound_rank, good_count, latencies, summarize, tpot_ns
 from common.bench.records import COLUMNS, GRID_NS, OUTCOME, Records
-from common.bench.report import series, throughput
+from common.bench.report import detail, series, throughput
 from common.bench.verdict import Steadiness, reasons, steadiness
 
 VALUES = st.lists(st.integers(0, MAX_VALUE), min_size=1, max_size=200)
@@ -112,7 +113,7 @@ def test_metrics_of_one_request() -> None:
     found = latencies(records_of(row(**GOOD)), Window(0, 5 * NS))
     expected = {"ttft": 50, "ttft_sched": 52, "ttfo": 70, "tpot": 10, "stall": 20, "e2e": 90, "e2e_sched": 92,
                 "tail": 3, "send_delay": 2, "send_lag": 1}  # fmt: skip
-    assert {name: values for name, values in found.items() if values} == {
+    assert {name: list(values) for name, values in found.items() if values} == {
         name: [value * MS] for name, value in expected.items()
     }
 
@@ -198,9 +199,19 @@ def test_a_late_generator_is_invalid() -> None:
 def test_steadiness() -> None:
     """A queue that grows is seen, noise is not, and few points say nothing."""
     rng = random.Random(2)
-    assert steadiness([(at / 10, 100 + rng.gauss(0, 10)) for at in range(300)]).verdict == "steady"
-    assert steadiness([(at / 10, 100 + at + rng.gauss(0, 10)) for at in range(300)]).verdict == "rising"
-    assert steadiness([(1.0, 1.0)] * 5) == Steadiness("unknown")
+    times = [at / 10 for at in range(300)]
+    assert steadiness(times, [100 + rng.gauss(0, 10) for _ in times]).verdict == "steady"
+    assert steadiness(times, [100 + at + rng.gauss(0, 10) for at in range(300)]).verdict == "rising"
+    assert steadiness([1.0] * 5, [1.0] * 5) == Steadiness("unknown")
+
+
+def test_detail_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More requests than can be written one by one are refused with the number."""
+    records = records_of(*[row(**GOOD)] * 3)
+    assert [value["ttft_ms"] if "ttft_ms" in value else value["outcome"] for value in detail(records)] == ["ok"] * 3
+    monkeypatch.setattr(report, "MAX_DETAIL", 2)
+    with pytest.raises(ValueError, match="at most 2"):
+        detail(records)
 
 
 def test_records_merge() -> None:

@@ -337,6 +337,8 @@ AIM = order.Aim(("http://127.0.0.1:1",))
         ("--model m --arrivals offline --requests 5 --warmup 1s", "no warm-up"),
         ("--model m --concurrency 5 --requests 5 --in-flight 3", "in_flight"),
         ("--model m --rate 5 --requests 5 --in-flight 3 --workers 4", "more workers"),
+        ("--model m --rate 5000 --duration 1h", "2,000,000"),
+        ("--model m --rate 5000 --requests 300000 --turns 10", "200,000"),
     ],
 )
 def test_orders_that_make_no_sense(words: str, said: str) -> None:
