@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agent.monitor.run import STATUS, StatusFile, make, perform, refuse
-from common.errors import HerderError
+from common.errors import HerderError, InvalidConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,9 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         monitor = make(folder, status)
     except HerderError as error:
-        return refuse(status, error.message)
+        return refuse(status, error)
     except ValueError as error:
-        return refuse(status, f"order.json: {error}")
+        return refuse(status, InvalidConfig(f"order.json: {error}"))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: monitor.stopping.set())
     return perform(monitor, status)

@@ -290,7 +290,7 @@ class Monitor:
                 }
                 for watch in self.watches
             ],
-            "error": self.error,
+            "trouble": self.error,
         }
 
     def exposition(self) -> bytes:

@@ -7,9 +7,9 @@ so a new agent finds the run of an old one. The order:
 
 Files: monitor.csv, processes.csv, engine.csv, and status.json, which is replaced as a whole every second or two:
 
-    {"state": "running" | "finished" | "failed", "pid": 1, "error": "", "samples": 1, "rows_lost": 0, ...}
+    {"state": "running" | "ended" | "failed", "error": {"code": ..., "message": ...}, "samples": 1, "rows_lost": 0, ...}
 
-"finished" stands there only once the files are complete. A monitor that is started again in a folder goes on with
+"ended" stands there only once the files are complete. A monitor that is started again in a folder goes on with
 its files.
 """
 
@@ -28,7 +28,7 @@ from agent.monitor.engines import Target
 from agent.monitor.monitor import Monitor, Settings
 from agent.monitor.node import NodeSample
 from common.clock import boottime_ms
-from common.errors import HerderError, InvalidConfig
+from common.errors import ErrorInfo, HerderError, InvalidConfig, RunFailed
 
 log = logging.getLogger(__name__)
 ORDER, STATUS = "order.json", "status.json"
@@ -70,17 +70,18 @@ class StatusFile:
     def close(self) -> None:
         """Nothing: the end is told by whoever knows how it ended."""
 
-    def put(self, state: str, error: str = "") -> None:
+    def put(self, state: str, error: ErrorInfo | None = None) -> None:
         """Replaces the file. Raises: OSError."""
-        own: dict[str, Any] = self.monitor.status() if self.monitor is not None else {}
-        status = {
-            **own,
+        status: dict[str, Any] = {
             "state": state,
             "pid": os.getpid(),
             "started_boottime_ms": self._started_ms,
             "updated_boottime_ms": boottime_ms(),
-            "error": error or own.get("error", ""),
         }
+        if self.monitor is not None:
+            status |= self.monitor.status()
+        if error is not None:
+            status["error"] = error
         part = self._path.with_name(f".{self._path.name}.part")
         part.write_bytes(msgspec.json.encode(status))
         part.replace(self._path)
@@ -115,27 +116,27 @@ def make(folder: Path, status: StatusFile) -> Monitor:
 
 def perform(monitor: Monitor, status: StatusFile) -> int:
     """Runs it to its end and says how it ended. Returns the exit status."""
-    error = ""
     try:
         monitor.run()
-    except (HerderError, OSError, ValueError) as problem:
-        error = getattr(problem, "message", "") or str(problem)
-        log.error("the monitor cannot run: %s", error)
+    except HerderError as problem:
+        return refuse(status, problem)
+    except (OSError, ValueError) as problem:
+        return refuse(status, InvalidConfig(str(problem)))
     except Exception as problem:
-        error = f"a bug in the monitor: {problem!r}"
         log.exception("the monitor failed")
-    _put(status, "failed" if error else "finished", error)
-    return 1 if error else 0
+        return refuse(status, RunFailed(f"a bug in the monitor: {problem!r}"))
+    _put(status, "ended")
+    return 0
 
 
-def refuse(status: StatusFile, error: str) -> int:
-    """For an order that cannot be had. Returns the exit status."""
-    log.error("%s", error)
-    _put(status, "failed", error)
+def refuse(status: StatusFile, error: HerderError) -> int:
+    """The run cannot be, or cannot go on. Returns the exit status."""
+    log.error("the monitor cannot run: %s", error.message)
+    _put(status, "failed", error.info())
     return 1
 
 
-def _put(status: StatusFile, state: str, error: str) -> None:
+def _put(status: StatusFile, state: str, error: ErrorInfo | None = None) -> None:
     try:
         status.put(state, error)
     except OSError as problem:

@@ -29,6 +29,7 @@ class Writer:
         self._sinks = tuple(sinks)
         self._waiting: deque[NodeSample] = deque()
         self._dropped = 0
+        self.is_unread = False  # nobody reads the standard output any more
         self._errors: dict[int, str] = {}
         self._on_broken_pipe = on_broken_pipe
         self._stop = threading.Event()
@@ -82,7 +83,7 @@ class Writer:
         try:
             work()
         except BrokenPipeError:
-            self._errors[number] = "nobody reads the standard output"
+            self.is_unread = True
             self._on_broken_pipe()
         except OSError as error:
             said = f"{sink.name}: {error.strerror or error}"

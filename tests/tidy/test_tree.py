@@ -61,6 +61,8 @@ ALLOWED = {
     *(("herder/cli/plan_calibrate.py", package) for package in ("common", "head")),
     *((f"herder/cli/{name}.py", "agent") for name in ("bench", "bench_view")),  # the load generator, likewise
     *((f"herder/cli/{name}.py", "common") for name in ("bench", "bench_view")),
+    *((f"herder/cli/{name}.py", "agent") for name in ("monitor", "monitor_view")),  # the monitor, likewise
+    ("herder/cli/monitor.py", "common"),
 }
 
 
