@@ -1,6 +1,6 @@
 """Running benchmarks as they go: the load nodes' ticks, added up second by second, for people and for /metrics.
 
-A tick may be lost or late, so a second is told once every part has said it, or once somebody is two seconds further.
+A tick may be lost or late, so a second is told once every part has come so far, or once somebody is two further.
 What is shown here is for watching: rates and counts add up, but a percentile over several nodes is only bounded by
 theirs. The p50 shown is the mean of the nodes' weighted by their answers, the p99 the highest of them. Reports are made
 of raw rows and know nothing of this.
@@ -39,6 +39,7 @@ class _Point:
     parts: int
     told: int = -1  # the last second that was told
     latest: int = -1
+    reached: dict[int, int] = field(default_factory=dict)  # by part: its last second
     seconds: dict[int, _Second] = field(default_factory=dict)
 
 
@@ -59,7 +60,7 @@ class Reader:
 
     async def next(self, wait_s: float) -> BenchmarkTick | None:
         """The next second; None when none came within `wait_s`, or the benchmark has ended."""
-        if not self._ticks:
+        if not self._ticks and wait_s > 0:
             self._news.clear()
             try:
                 async with asyncio.timeout(wait_s):
@@ -155,10 +156,10 @@ class Live:
             return
         point.seconds.setdefault(second, _Second()).ticks[run.part] = tick
         point.latest = max(point.latest, second)
-        before = max(point.told + 1, point.latest - WAIT_SECONDS + 1)
-        while (there := point.seconds.get(before)) is not None and len(there.ticks) >= point.parts:
-            before += 1
-        self._tell(run.benchmark, point, now_ms, before=before)
+        point.reached[run.part] = max(point.reached.get(run.part, 0), second)
+        is_whole = len(point.reached) >= point.parts  # frames of a session come in order: nobody goes back
+        passed = min(point.reached.values()) if is_whole else -1
+        self._tell(run.benchmark, point, now_ms, before=max(passed, point.latest - WAIT_SECONDS) + 1)
 
     def _tell(self, benchmark: str, point: _Point, now_ms: int, *, before: int) -> None:
         """Tells every second before this one that was not told yet."""
