@@ -29,6 +29,7 @@ from agent.link import Link
 from agent.log_retention import Retention
 from agent.log_sources import LogSources
 from agent.logs import LogService
+from agent.monitor.node import NodeReader, NodeSample
 from agent.mover import protocol as mover_protocol
 from agent.mover.config import MoverConfig, SshSettings
 from agent.mover_client import MoverClient
@@ -54,6 +55,8 @@ log = logging.getLogger(__name__)
 TELEMETRY_S = 5.0
 INVENTORY_MAX_AGE_MS = 60_000
 TICK_S = 1.0
+NODE_GROUPS = ("gpu", "cpu", "ram", "disk", "network", "pressure")  # what /metrics has beside telemetry
+PCIE_EVERY_S = 30.0  # measuring takes 40 ms a card, where a card counts nothing itself
 
 
 def version() -> str:
@@ -84,6 +87,8 @@ class Agent:
         self.files = RunFiles(state_dir.path / "replicas", forgotten_kept_s=config.logs.age_max_s)
         self.inventory = wire.Inventory(hostname=config.node)
         self.telemetry = wire.Telemetry()
+        self.node_reader = NodeReader(NODE_GROUPS, nvml=self.nvml, pcie_every_s=PCIE_EVERY_S)
+        self.sample: NodeSample | None = None
         self.loop_lag_s = 0.0
         self._inventory_ms = -INVENTORY_MAX_AGE_MS
         self.lease_note = LeaseNote(self.files.lease_path, self.boot_id)
@@ -337,6 +342,7 @@ class Agent:
             self.notifier.alive()
 
     async def _read_telemetry(self) -> None:
+        await asyncio.to_thread(self.node_reader.open)
         while True:
             used, reserved = await self._store_bytes()
             self.telemetry = await asyncio.to_thread(
@@ -348,6 +354,7 @@ class Agent:
                 dram_used_bytes=self.holder.used_bytes if self.holder is not None else 0,
             )
             self.link.offer_telemetry(self.telemetry)
+            self.sample = await asyncio.to_thread(self.node_reader.read)
             await asyncio.sleep(TELEMETRY_S)
 
     async def _store_bytes(self) -> tuple[int, int]:
@@ -388,6 +395,7 @@ class Agent:
         self.runs.close()
         self.driver.close()
         self.ledger.close()
+        self.node_reader.close()
         self.nvml.close()
         self.state_dir.close()
 

@@ -21,6 +21,8 @@ from prometheus_client.registry import Collector
 
 from agent.core import copies, replicas
 from agent.core.state import State
+from agent.monitor.node import NodeSample
+from agent.monitor.series import gpu_series, host_series
 from common import wire
 
 REPLICA_STATES = ("waiting_copy", "starting", "ready", "unhealthy", "stopping", "stopped", "failed")
@@ -43,6 +45,7 @@ class Facts(msgspec.Struct, frozen=True):
     is_ledger_stuck: bool
     loop_lag_s: float
     followers: int = 0
+    sample: NodeSample | None = None
     load_sent: int = 0
     load_failed: int = 0
     load_in_flight: int = 0
@@ -103,32 +106,15 @@ def _host(facts: Facts) -> Iterator[Metric]:
     dram.add_metric(["used"], now.dram_used_bytes)
     dram.add_metric(["budget"], facts.dram_budget_bytes)
     yield dram
-
-
-_GPU = (
-    ("herder_gpu_memory_used_bytes", "GPU memory in use.", "memory_used_bytes"),
-    ("herder_gpu_memory_free_bytes", "GPU memory that is free.", "memory_free_bytes"),
-    ("herder_gpu_utilisation_ratio", "Share of time in which a kernel ran.", "utilisation"),
-    ("herder_gpu_memory_utilisation_ratio", "Share of time in which memory was read or written.", "memory_utilisation"),
-    ("herder_gpu_temperature_celsius", "GPU temperature.", "temperature_c"),
-    ("herder_gpu_power_watts", "Power drawn.", "power_w"),
-    ("herder_gpu_ecc_uncorrected", "Uncorrected ECC errors since the driver was loaded.", "ecc_uncorrected"),
-)
+    if facts.sample is not None:
+        yield from host_series(facts.sample.host)
 
 
 def _gpus(facts: Facts) -> Iterator[Metric]:
+    """The full samples; telemetry's readings while there are none (at the start, or the driver was too slow)."""
     names = {gpu.uuid: gpu.name for gpu in facts.inventory.gpus}
-    for name, text, field in _GPU:
-        family = GaugeMetricFamily(name, text, labels=["gpu", "uuid", "name"])
-        for reading in facts.telemetry.gpus:
-            value = getattr(reading, field)
-            if value is not None and not reading.is_lost:
-                family.add_metric([str(reading.index), reading.uuid, names.get(reading.uuid, "")], float(value))
-        yield family
-    lost = GaugeMetricFamily("herder_gpu_lost", "1 when the driver has lost the card.", labels=["gpu", "uuid"])
-    for reading in facts.telemetry.gpus:
-        lost.add_metric([str(reading.index), reading.uuid], float(reading.is_lost))
-    yield lost
+    sampled = facts.sample.gpus if facts.sample is not None else None
+    return gpu_series(sampled or facts.telemetry.gpus, names)
 
 
 def _copies(state: State) -> Iterator[Metric]:

@@ -89,7 +89,7 @@ class NodeReader:
             elapsed_s=now_s - self._start_s,
             host=self.host.read(now_s),
         )
-        if "gpu" in self.groups and self.inventory.gpus:
+        if "gpu" in self.groups and (self.inventory.gpus or not self._owns_nvml):  # another may find GPUs later
             sample.gpus = self._nvml.samples(timeout_s=gpu_timeout_s)
             if sample.gpus is None:
                 self.silent += 1
