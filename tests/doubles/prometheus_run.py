@@ -27,7 +27,13 @@ NEEDED = pytest.mark.skipif(
 
 
 def adapted(
-    folder: Path, head_url: str, *, head_token: Path, agents_token: Path, certificate: Path | None = None
+    folder: Path,
+    head_url: str,
+    *,
+    head_token: Path,
+    agents_token: Path,
+    certificate: Path | None = None,
+    pushgateways: Path | None = None,
 ) -> Path:
     """The shipped configuration with a cluster's address and token files; with a certificate the head speaks TLS."""
     text = (SHIPPED / "prometheus.yml").read_text()
@@ -36,10 +42,11 @@ def adapted(
     text = text.replace("127.0.0.1:8470", host)
     text = text.replace("/etc/prometheus/herder.token", str(head_token))
     text = text.replace("/etc/prometheus/herder-agents.token", str(agents_token))
+    text = text.replace("/etc/prometheus/herder-pushgateways.yml", str(pushgateways or folder / "pushgateways.yml"))
     config = yaml.safe_load(text)
     config["global"] = {"scrape_interval": "500ms", "scrape_timeout": "500ms", "evaluation_interval": "500ms"}
     config["rule_files"] = [str(SHIPPED / name) for name in config["rule_files"]]
-    head, agents = config["scrape_configs"]
+    head, agents, _ = config["scrape_configs"]
     (discovery,) = agents["http_sd_configs"]
     discovery["refresh_interval"] = "1s"
     if certificate:  # as the comments of the file say
