@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 from agent.run_files import RunFiles
 from common import limits
 from common.errors import InvalidValue, NotFound
-from common.logs.stream import Runs
+from common.logs.stream import OneLog, Runs
 
-RUN_LOGS = ("generator.log", "monitor.log")
+RUN_LOG = "generator.log"
+ENDED = (b'"ended"', b'"failed"')  # as status.json says that a run's process has done its work
 _ID = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,158}[a-z0-9])?")
 _SLURM_JOB = re.compile(r"\d{1,12}(?:[_+]\d{1,9})?")
 
@@ -48,30 +48,6 @@ class ReplicaRuns:
         return not folder.exists() or (folder / "forgotten").exists()
 
 
-class OneLog:
-    """A log that never begins anew: of a daemon, or a plain file. `is_over` says when nothing more will come."""
-
-    def __init__(self, place: Path, is_over: Callable[[], bool] | None = None) -> None:
-        self._place = place
-        self._is_over = is_over
-
-    def numbers(self) -> list[int]:
-        """One, while it is there."""
-        return [0] if self._place.exists() else []
-
-    def place(self, number: int) -> Path:
-        """The file or folder."""
-        return self._place
-
-    def has_ended(self, number: int) -> bool:
-        """Whether it is gone or complete."""
-        return not self._place.exists() or self.is_over()
-
-    def is_over(self) -> bool:
-        """Whether nothing more will come."""
-        return self._is_over is not None and self._is_over()
-
-
 class LogSources:
     """Names and their logs."""
 
@@ -96,10 +72,9 @@ class LogSources:
 
     def _run(self, run: str) -> Runs:
         folder = self._runs_root / run
-        found = next((folder / name for name in RUN_LOGS if (folder / name).is_file()), None)
-        if found is None:
+        if not (folder / RUN_LOG).is_file():
             raise NotFound(f"there is no log of run {run} on this node", hint="the head keeps those of ended runs")
-        return OneLog(found, lambda: (folder / "exit.json").exists())
+        return OneLog(folder / RUN_LOG, lambda: _has_ended(folder))
 
     def _slurm(self, job: str) -> Path:
         """The file of a job below one of the roots."""
@@ -121,3 +96,11 @@ class LogSources:
                     folders.clear()
         more = "" if left > 0 else "; not every folder was looked into"
         raise NotFound(f"there is no {wanted} below this node's log roots{more}")
+
+
+def _has_ended(folder: Path) -> bool:
+    try:
+        said = (folder / "status.json").read_bytes()
+    except OSError:
+        return False  # not said yet; a folder that is gone is noticed by its log
+    return any(word in said for word in ENDED)

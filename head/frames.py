@@ -74,7 +74,8 @@ def tame(message: wire.Message) -> wire.Message:
         return _tame_report(message)  # type: ignore[arg-type]
     if kind is wire.LogChunk:
         assert isinstance(message, wire.LogChunk)
-        if len(message.data) > 2 * limits.LOG_CHUNK_BYTES:
+        chars = len(message.data) + sum(len(line.text) for line in message.lines)
+        if chars > 2 * limits.LOG_CHUNK_BYTES or len(message.lines) > limits.LOG_LINES_PER_CHUNK:
             raise InvalidRequest(f"a piece of a log is longer than {limits.LOG_CHUNK_BYTES} bytes")
         return message if message.error is None else _replace(message, error=tame_error(message.error))
     return message

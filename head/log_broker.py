@@ -1,25 +1,32 @@
-"""Replica logs, asked for through the agents' sessions and handed to the API as they come.
+"""Logs of nodes, asked for through the agents' sessions and handed on as they come.
 
 The session protocol has no flow control of its own and must not get any: a pause would stop the leases too. So a
-reader that falls behind costs its own stream only: what does not fit its queue is thrown away, the request is
-cancelled at the agent, and once the reader has caught up a new request goes on from the last byte it was given.
+reader that falls behind costs its own stream only. As lines, an agent sends as many chunks as it was given credit for,
+and more credit comes with reading. As text (what agents of every version give), what does not fit the queue is thrown
+away, the request is cancelled at the agent, and a new one goes on from the last byte that was read.
+
+A stream of lines outlives its session: when the node is connected again, it goes on after the last chunk that was read.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+
+from msgspec.structs import replace
 
 from common import limits
-from common.errors import NodeUnreachable, NotFound, TimedOut, TooMany, from_info
+from common.errors import InvalidRequest, NodeUnreachable, NotFound, TimedOut, TooMany, from_info
 from common.wire import LogChunk, LogRequest, Message
 from head.context import IdSource
 from head.core.state import State
 
 FIRST_CHUNK_S = 15.0  # a node that does not answer for so long is not going to
 QUEUE_CHUNKS = 64  # of at most LOG_CHUNK_BYTES each
-STREAMS = 256  # logs read at the same time, over all nodes
+STREAMS = limits.LOG_STREAMS  # logs read at the same time, over all nodes
+RETRY_S = 0.2  # how often a node that is away is looked for
 
 
 class _Stream:
@@ -44,12 +51,12 @@ class LogBroker:
         self._ids = ids
         self._send = send
         self._streams: dict[str, _Stream] = {}
-        self._readers = 0
+        self._readers: Counter[str] = Counter()  # by node
 
     @property
     def readers(self) -> int:
         """How many logs are being read."""
-        return self._readers
+        return self._readers.total()
 
     async def open_log(
         self, replica: str, run: int = 0, tail: int = limits.PAGE_ITEMS_DEFAULT, follow: bool = False
@@ -59,10 +66,7 @@ class LogBroker:
         run: 0 is the present run, 1 the one before. The iterator ends after the chunk with `is_last`; close it
         (`aclose`) to stop early. Raises: NotFound, NodeUnreachable, TooMany, TimedOut, and what the agent says.
         """
-        if self._readers >= STREAMS:
-            raise TooMany("too many logs are being read", hint="close some of them")
-        self._readers += 1
-        try:
+        with self._counted(self._node_of(replica)):
             request = LogRequest("", replica, run=run, tail_lines=tail, follow=follow)
             while True:
                 offset = -1
@@ -75,8 +79,28 @@ class LogBroker:
                     raise TooMany("the log comes faster than it is read", hint="ask for fewer lines")
                 start = offset if offset >= 0 else request.offset
                 request = LogRequest("", replica, run=run, offset=start, tail_lines=0, follow=follow)
-        finally:
-            self._readers -= 1
+
+    async def open_lines(self, node: str, request: LogRequest, *, wait_s: float = 0.0) -> AsyncIterator[LogChunk]:
+        """What `request` (its id is given here) asks of a node, as chunks of lines, to the one with `is_last`.
+
+        wait_s: how long a node that goes away meanwhile is waited for. Raises: NodeUnreachable, TooMany, TimedOut, and
+        what the agent says.
+        """
+        with self._counted(node):
+            stream = _Stream(node, self._session(node))
+            has_begun = False
+            while True:
+                async with aclosing(self._lines(stream, request)) as chunks:  # type: ignore[type-var]
+                    async for chunk in chunks:
+                        has_begun = True
+                        if chunk.run >= 0:  # else it has found nothing yet, and would have to begin anew
+                            request = replace(request, run_number=chunk.run, offset=chunk.offset)
+                        yield chunk
+                        if chunk.is_last:
+                            return
+                if stream.is_over:
+                    raise InvalidRequest(f"node {node} sends more of a log than it was asked for", node=node)
+                stream = _Stream(node, await self._session_again(node, wait_s if has_begun else 0.0))
 
     def take(self, chunk: LogChunk, session_id: str) -> None:
         """A chunk came from an agent. One that nobody waits for, or of another session, is dropped."""
@@ -97,9 +121,52 @@ class LogBroker:
                 stream.is_lost = True
                 stream.news.set()
 
+    async def _lines(self, stream: _Stream, request: LogRequest) -> AsyncIterator[LogChunk]:
+        """Asks once and gives what comes, until the last chunk or the end of the session."""
+        request_id = self._ids.fresh("log")
+        self._streams[request_id] = stream
+        is_ended = is_caught_up = False
+        unpaid = 0
+        try:
+            self._send(stream.session_id, replace(request, request_id=request_id, credit=limits.LOG_CREDIT_CHUNKS))
+            while True:
+                try:
+                    chunk = await self._next(stream, has_limit=not is_caught_up)
+                except NodeUnreachable:
+                    return
+                if chunk is None:
+                    return
+                is_ended, is_caught_up = chunk.is_last, is_caught_up or (chunk.is_caught_up and request.follow)
+                if chunk.error is not None:
+                    raise from_info(chunk.error)
+                yield chunk
+                if is_ended:
+                    return
+                unpaid += 1
+                if unpaid >= limits.LOG_CREDIT_CHUNKS // 2:
+                    self._send(stream.session_id, LogRequest(request_id, "", credit=unpaid))
+                    unpaid = 0
+        finally:
+            del self._streams[request_id]
+            if not (is_ended or stream.is_over or stream.is_lost):
+                self._cancel(request_id, stream)
+
+    async def _session_again(self, node: str, wait_s: float) -> str:
+        """The node's next session. Raises: NodeUnreachable after wait_s."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + wait_s
+        while True:
+            try:
+                return self._session(node)
+            except NodeUnreachable:
+                if loop.time() >= end:
+                    raise NodeUnreachable(f"node {node} went away while its log was read", node=node) from None
+            await asyncio.sleep(RETRY_S)  # sessions come and go in the core; nobody announces them here
+
     async def _one_request(self, request: LogRequest) -> AsyncIterator[LogChunk]:
         """Asks once and gives what comes, until the last chunk or until chunks had to be thrown away."""
-        stream = self._session_of(request.replica)
+        node = self._node_of(request.replica)
+        stream = _Stream(node, self._session(node))
         request_id = self._ids.fresh("log")
         self._streams[request_id] = stream
         is_ended = False
@@ -112,7 +179,8 @@ class LogBroker:
             )
             has_begun = False
             while True:
-                chunk = await self._next(stream, request, has_begun=has_begun)
+                # Quiet is fine once a followed log has begun.
+                chunk = await self._next(stream, has_limit=not (has_begun and request.follow))
                 if chunk is None:
                     return
                 has_begun = True
@@ -127,9 +195,9 @@ class LogBroker:
             if not (is_ended or stream.is_over or stream.is_lost):
                 self._cancel(request_id, stream)
 
-    async def _next(self, stream: _Stream, request: LogRequest, *, has_begun: bool) -> LogChunk | None:
-        """The next chunk, or None when the rest was thrown away. Quiet is fine once a followed log has begun."""
-        timeout_s = None if has_begun and request.follow else FIRST_CHUNK_S
+    async def _next(self, stream: _Stream, *, has_limit: bool) -> LogChunk | None:
+        """The next chunk, or None when the rest was thrown away. Raises: NodeUnreachable, TimedOut."""
+        timeout_s = FIRST_CHUNK_S if has_limit else None
         while not stream.chunks:
             if stream.is_over:
                 return None
@@ -143,14 +211,30 @@ class LogBroker:
                 raise TimedOut(f"node {stream.node} did not send the log", node=stream.node) from None
         return stream.chunks.popleft()
 
-    def _session_of(self, replica_id: str) -> _Stream:
+    def _node_of(self, replica_id: str) -> str:
         replica = self._state.replicas.get(replica_id)
         if replica is None:
             raise NotFound(f"there is no replica {replica_id[:80]!r}", hint="GET /api/v1/replicas lists them")
-        live = self._state.live.get(replica.node)
+        return replica.node
+
+    def _session(self, node: str) -> str:
+        live = self._state.live.get(node)
         if live is None or not live.session_id:
-            raise NodeUnreachable(f"node {replica.node} is not connected", node=replica.node)
-        return _Stream(replica.node, live.session_id)
+            raise NodeUnreachable(f"node {node} is not connected", node=node)
+        return live.session_id
+
+    @contextmanager
+    def _counted(self, node: str) -> Iterator[None]:
+        """Counts a reader for as long as it reads. Raises: TooMany."""
+        if self.readers >= STREAMS or self._readers[node] >= limits.LOG_STREAMS_PER_NODE:
+            raise TooMany("too many logs are being read", hint="close some of them")
+        self._readers[node] += 1
+        try:
+            yield
+        finally:
+            self._readers[node] -= 1
+            if not self._readers[node]:
+                del self._readers[node]
 
     def _cancel(self, request_id: str, stream: _Stream) -> None:
         self._send(stream.session_id, LogRequest(request_id, "", is_cancelled=True))

@@ -623,3 +623,19 @@ class TargetGroup(Answer, frozen=True):
 
     targets: tuple[str, ...]
     labels: dict[str, str]
+
+
+class LogEntry(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One entry of a log read as JSON lines: a line, a note, or, without either, only how far its source has come.
+
+    `cursor` says where its source stands after this entry; `?cursor=` with the latest of each source goes on there.
+    """
+
+    source: str = ""  # "replica:chat-0", "run:ID", "agent:NODE", "slurm:NODE/JOBID", "head"
+    node: str = ""  # "": the head itself
+    time_ms: int | None = None  # wall time of the node at which the line came; null when not known
+    line: str | None = None  # without its newline
+    is_partial: bool = False  # more of this line follows in the next entry of this source
+    note: str = ""  # what a reader has to know: bytes that are gone, a node that is away
+    lost_bytes: int = 0  # removed before they were read; -1: a whole run
+    cursor: str = ""

@@ -21,7 +21,8 @@ READ_BYTES = limits.LOG_CHUNK_BYTES
 class Line(NamedTuple):
     """A line without its newline. `is_whole` is False where its newline has yet to come, or it was too long."""
 
-    end: int
+    start: int
+    end: int  # after its newline
     at_ms: int  # 0: not known
     text: str
     is_whole: bool = True
@@ -77,7 +78,7 @@ class LineReader:
 
     def _restart(self) -> list[Line]:
         """The log is shorter than what was read of it: it was begun anew."""
-        self._buffer, self.position, self._is_midline = b"", 0, False
+        self._buffer, self.position, self._is_midline, self.lost_bytes = b"", 0, False, -1
         self._indices.clear()
         self._starts.clear()
         return []
@@ -124,8 +125,8 @@ class LineReader:
         text = data.decode(errors="replace")
         at_ms = self._time_at(self.position) or stamp_of(text) or arrival_ms or self._last_ms
         self._last_ms = at_ms
-        self.position += len(data) + newline
-        return Line(self.position, at_ms, text, is_whole)
+        start, self.position = self.position, self.position + len(data) + newline
+        return Line(start, self.position, at_ms, text, is_whole)
 
     # times
     def _look(self, start: int) -> None:

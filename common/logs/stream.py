@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -49,6 +49,30 @@ class Runs(Protocol):
     def is_over(self) -> bool:
         """Whether no further run will come."""
         ...
+
+
+class OneLog:
+    """A log that never begins anew: of a daemon, or a plain file. `is_over` says when nothing more will come."""
+
+    def __init__(self, place: Path, is_over: Callable[[], bool] | None = None) -> None:
+        self._place = place
+        self._is_over = is_over
+
+    def numbers(self) -> list[int]:
+        """One, while it is there."""
+        return [0] if self._place.exists() else []
+
+    def place(self, number: int) -> Path:
+        """The file or folder."""
+        return self._place
+
+    def has_ended(self, number: int) -> bool:
+        """Whether it is gone or complete."""
+        return not self._place.exists() or self.is_over()
+
+    def is_over(self) -> bool:
+        """Whether nothing more will come."""
+        return self._is_over is not None and self._is_over()
 
 
 class Begin(NamedTuple):
@@ -264,6 +288,9 @@ class LineStream:
         kept = self._tail.take() if self._tail is not None else []
         self._tail = None
         chunks = []
+        if kept:  # who comes back before the first of them gets all of them
+            self._run, self._offset = kept[0][0], kept[0][1].start
+            chunks.append(self._chunk([]))
         while kept:
             run = kept[0][0]
             lines = [line for number, line in kept if number == run]
