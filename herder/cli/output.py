@@ -42,7 +42,7 @@ _YELLOW = (
     "stopping",
     "settling",
 )
-_RED = ("unreachable", "failed", "unhealthy", "lost", "revoked", "expired", "refused", "cancelled", "left")
+_RED = ("unreachable", "failed", "invalid", "unhealthy", "lost", "revoked", "expired", "refused", "cancelled", "left")
 
 
 def emit(options: Globals, value: Any, table: str | None = None, *, quiet: str | None = None) -> None:

@@ -63,6 +63,7 @@ ALLOWED = {
     *((f"herder/cli/{name}.py", "common") for name in ("bench", "bench_view")),
     *((f"herder/cli/{name}.py", "agent") for name in ("monitor", "monitor_view")),  # the monitor, likewise
     ("herder/cli/monitor.py", "common"),
+    *((f"herder/cli/{name}.py", "common") for name in ("benchmarks", "benchmarks_results")),  # comparing, checking
 }
 
 

@@ -1,0 +1,266 @@
+"""How benchmarks look in tables. Pure: `now_ms` is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from herder import types
+from herder.cli import output, text, views
+from herder.cli.command import Globals
+from herder.cli.table import Column
+
+ENDED = ("completed", "failed", "cancelled")
+LIST = (
+    Column("ID"),
+    Column("NAME", shrinks_to=12),
+    Column("STATUS"),
+    Column("POINTS", is_number=True),
+    Column("VERDICT", rank=1),
+    Column("MODEL", shrinks_to=10, rank=3),
+    Column("AGE", is_number=True),
+    Column("TOOK", is_number=True, rank=2),
+)
+POINTS = (
+    Column("POINT", is_number=True),
+    Column("LOAD", shrinks_to=14),
+    Column("VERDICT"),
+    Column("REQ/S", is_number=True),
+    Column("TOK/S", is_number=True, rank=1),
+    Column("TTFT P50", is_number=True),
+    Column("P99", is_number=True),
+    Column("TPOT P50", is_number=True, rank=2),
+    Column("E2E P99", is_number=True, rank=3),
+    Column("MET SLO", is_number=True, rank=5),
+    Column("ERRORS", is_number=True, rank=4),
+)
+RUNS = (
+    Column("RUN", shrinks_to=20),
+    Column("NODE", shrinks_to=12),
+    Column("KIND"),
+    Column("STATE"),
+    Column("ARTIFACTS", shrinks_to=12, rank=1),
+)
+RECIPES = (Column("RECIPE"), Column("PATH", shrinks_to=16, rank=1), Column("DESCRIPTION", shrinks_to=20))
+FILES = (Column("FILE", shrinks_to=24), Column("SIZE", is_number=True))
+FILES_SHOWN = 12
+ARRIVED = ("ready", "done", "armed", "running")
+
+
+def verdict(benchmark: types.BenchmarkView) -> str:
+    """valid, degraded or invalid; empty before anything was judged."""
+    if benchmark.status != "completed":
+        return ""
+    return "degraded" if benchmark.is_degraded else "valid" if benchmark.is_valid else "invalid"
+
+
+def point_verdict(point: types.PointView) -> str:
+    """The verdict of a point that was judged, else its state."""
+    if point.status != "completed":
+        return point.status
+    if point.is_valid:
+        return "valid"
+    return "degraded" if set(point.reasons) == {"degraded"} else "invalid"
+
+
+def list_row(benchmark: types.BenchmarkView, now_ms: int) -> list[str]:
+    """A row of LIST."""
+    return [
+        benchmark.id,
+        benchmark.name,
+        benchmark.status,
+        f"{benchmark.points_done}/{benchmark.points_planned}",
+        verdict(benchmark) or "-",
+        benchmark.model or "-",
+        text.age(benchmark.created_ms, now_ms),
+        views.span(benchmark.started_ms, benchmark.ended_ms, now_ms),
+    ]
+
+
+def point_row(point: types.PointView) -> list[str]:
+    """A row of POINTS."""
+    figures = point.figures
+    load = changes(point.changes) or "as asked"
+    return [
+        str(point.number),
+        f"{load} #{point.repetition + 1}" if point.repetition else load,
+        point_verdict(point),
+        number(figures.get("req_s")),
+        number(figures.get("output_tok_s")),
+        ms(figures.get("ttft_p50_ms")),
+        ms(figures.get("ttft_p99_ms")),
+        ms(figures.get("tpot_p50_ms")),
+        ms(figures.get("e2e_p99_ms")),
+        share(figures.get("slo_attainment")),
+        share(figures.get("error_rate")),
+    ]
+
+
+def changes(varied: Mapping[str, Any]) -> str:
+    """What a point varies: `rate=8, scenarios=D(100,50)`."""
+    return ", ".join(f"{name}={_plain(value)}" for name, value in varied.items())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return "+".join(_plain(entry) for entry in value)
+    return str(value)
+
+
+def number(value: float | None) -> str:
+    """About three digits. None: `-`."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    size = abs(value)
+    return f"{value:,.0f}" if size >= 99.95 else f"{value:.1f}" if size >= 9.995 else f"{value:.3g}"
+
+
+def ms(value: float | None) -> str:
+    """Milliseconds in the unit that reads best: `0.85ms`, `24.6ms`, `1.24s`. None: `-`."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{number(value / 1000)}s" if abs(value) >= 999.5 else f"{number(value)}ms"
+
+
+def share(value: float | None) -> str:
+    """Percent. None: `-`."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value * 100:.2f}%" if 0.99 < value < 1 or 0 < value < 0.01 else f"{value * 100:.0f}%"
+
+
+def shown(
+    options: Globals, benchmark: types.BenchmarkView, now_ms: int, files: Sequence[types.BenchmarkFile] | None = None
+) -> str:
+    """A benchmark with its points, and what is wrong with them."""
+    parts = [output.fields(options, _facts(benchmark, now_ms))]
+    if benchmark.points:
+        parts.append(output.table(options, POINTS, [point_row(point) for point in benchmark.points], empty=""))
+    if remarks := remarks_of(benchmark):
+        parts.append("\n".join(remarks))
+    lost = [run for run in benchmark.runs if run.error is not None]
+    if lost:
+        parts.append("\n".join(f"{run.id} on {run.node} is {run.state}: {_error(run.error)}" for run in lost))
+    if files:
+        rows = [[file.name, text.size(file.bytes)] for file in files[:FILES_SHOWN]]
+        total = text.size(sum(file.bytes for file in files))
+        parts.append(output.table(options, FILES, rows, empty=""))
+        parts.append(f"{text.plural(len(files), 'file')}, {total}; `herder benchmarks export {benchmark.id}` fetches")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _facts(benchmark: types.BenchmarkView, now_ms: int) -> list[tuple[str, str]]:
+    planned = f"{benchmark.points_done} of {benchmark.points_planned}"
+    best = benchmark.best
+    found = ""
+    if best.get("over"):
+        load = best.get("load")
+        found = f"{best['over']} {number(load)} is the most that met the SLO" if load is not None else "no load met it"
+        found += f": {best['why']}" if best.get("why") else ""
+    return [
+        ("benchmark", benchmark.id),
+        ("name", benchmark.name),
+        ("status", benchmark.status),
+        ("verdict", verdict(benchmark)),
+        ("points", planned),
+        ("found", found),
+        ("note", benchmark.note),
+        ("model", benchmark.model),
+        ("service", benchmark.service),
+        ("load from", ", ".join(benchmark.load_nodes)),
+        ("served on", ", ".join(benchmark.server_nodes)),
+        ("by", benchmark.actor),
+        ("begun", f"{text.age(benchmark.started_ms, now_ms)} ago" if benchmark.started_ms else ""),
+        ("took", views.span(benchmark.started_ms, benchmark.ended_ms, now_ms) if benchmark.started_ms else ""),
+        ("recipe", f"sha256 {benchmark.recipe_sha256[:16]}" if benchmark.recipe_sha256 else ""),
+        ("error", _error(benchmark.error)),
+    ]
+
+
+def remarks_of(benchmark: types.BenchmarkView) -> list[str]:
+    """Why points must not be believed, or failed; equal reasons together."""
+    found: dict[str, list[int]] = {}
+    for point in benchmark.points:
+        told = point_verdict(point)
+        if point.error is not None:
+            found.setdefault(f"{told}: {_error(point.error)}", []).append(point.number)
+        elif told in ("invalid", "degraded"):
+            lost = f", {share(point.coverage)} of the load was performed" if point.coverage < 1 else ""
+            found.setdefault(f"{told}: {', '.join(point.reasons)}{lost}", []).append(point.number)
+    return [f"{said} ({_numbers(numbers)})" for said, numbers in found.items()]
+
+
+def _numbers(points: Sequence[int]) -> str:
+    told = ", ".join(str(point) for point in points[:12])
+    return f"point{'s' if len(points) > 1 else ''} {told}{' ...' if len(points) > 12 else ''}"
+
+
+def _error(error: types.ErrorDetail | None) -> str:
+    return views.error_lines(error) if error is not None else ""
+
+
+# comparisons
+def compared(options: Globals, found: Any) -> str:
+    """A common.bench.compare.Comparison as tables."""
+    parts = []
+    for difference in found.differences:
+        label = "DIFFERENT" if difference.is_serious else "differs"
+        lines = [f"{label}: {difference.what}"]
+        lines += [f"  {name}: {value}" for name, value in zip(found.names, difference.values, strict=True)]
+        parts.append("\n".join(lines))
+    columns = [Column("FIGURE")]
+    for place, name in enumerate(found.names):
+        columns.append(Column(name.upper() if len(name) <= 16 else name[:15].upper() + "…", is_number=True))
+        if place:
+            columns.append(Column("CHANGE", is_number=True))
+            columns.append(Column("VERDICT"))
+    for load in found.loads:
+        rows = [_compared_row(figure) for figure in load.figures]
+        head = changes(load.changes) or "the load as asked"
+        counts = ", ".join(
+            f"{max((figure.values[place].repetitions for figure in load.figures), default=0)}"
+            for place in range(len(found.names))
+        )
+        parts.append(
+            f"{head} (valid repetitions: {counts})\n{output.table(options, columns, rows, empty='no figures')}"
+        )
+    parts.append("\n".join(found.remarks))
+    if found.loads:
+        parts.append(
+            "CHANGE is against the first, with its interval. noise: Welch's t-test at 95 % cannot\n"
+            "tell them apart; of twenty figures that do not differ one will still seem to."
+        )
+    return "\n\n".join(part for part in parts if part)
+
+
+def _compared_row(figure: Any) -> list[str]:
+    row = [figure.name.removesuffix("_ms")]
+    for place, value in enumerate(figure.values):
+        row.append(_told(figure.unit, value.mean))
+        if place:
+            row += [_change(figure, place), _word(figure, place)]
+    return row
+
+
+def _told(unit: str, value: float | None) -> str:
+    return ms(value) if unit == "ms" else share(value) if unit == "share" else number(value)
+
+
+def _change(figure: Any, place: int) -> str:
+    change, interval = figure.change[place], figure.interval[place]
+    if change is None:
+        return "-"
+    told = f"{change:+.1%}"
+    return f"{told} [{interval[0]:+.1%}, {interval[1]:+.1%}]" if interval is not None else told
+
+
+def _word(figure: Any, place: int) -> str:
+    word, is_better = figure.verdict[place], figure.is_better[place]
+    if word == "same":
+        return "noise"
+    if word == "unknown":
+        return "one repetition"
+    return word if is_better is None else "better" if is_better else "worse"
