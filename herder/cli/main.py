@@ -47,6 +47,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Benchmarks": {
         "bench": (f"{_HERE}.bench", "Put load on any URL and measure it."),
+        "benchmarks": (f"{_HERE}.benchmarks", "Run, watch, compare and export benchmarks."),
         "monitor": (f"{_HERE}.monitor", "Watch this machine: GPUs, CPUs, memory, disks, engines."),
     },
     "Jobs and reasons": {
