@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from agent.core import copies, replicas
 from agent.core.state import State
 from agent.monitor.node import NodeSample
+from agent.monitor.procfs import HostSample
 from agent.monitor.series import gpu_series, host_series
 from common import wire
 
@@ -106,8 +107,7 @@ def _host(facts: Facts) -> Iterator[Metric]:
     dram.add_metric(["used"], now.dram_used_bytes)
     dram.add_metric(["budget"], facts.dram_budget_bytes)
     yield dram
-    if facts.sample is not None:
-        yield from host_series(facts.sample.host)
+    yield from host_series(facts.sample.host if facts.sample is not None else HostSample())
 
 
 def _gpus(facts: Facts) -> Iterator[Metric]:

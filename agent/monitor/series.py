@@ -57,8 +57,8 @@ _NIC: tuple[tuple[str, str, Value], ...] = (
 )
 
 
-def gauge(name: str, text: str, value: float) -> Metric:
-    """One value without labels."""
+def gauge(name: str, text: str, value: float | None) -> Metric:
+    """One value without labels; without a sample where it is not known."""
     return GaugeMetricFamily(name, text, value=value)
 
 
@@ -100,11 +100,11 @@ def gpu_series(gpus: Gpus, names: Mapping[str, str]) -> Iterator[Metric]:
 
 def host_series(host: HostSample) -> Iterator[Metric]:
     """What the host does, beside CPU, load and memory, which an agent has from its telemetry."""
-    if host.cpu is not None and host.cpu.iowait is not None:
-        yield gauge("herder_node_cpu_iowait_ratio", "CPU that waits for disks, 0..1 over all CPUs.", host.cpu.iowait)
-    if host.memory is not None:
-        yield gauge("herder_node_page_cache_bytes", "Memory that holds files.", host.memory.page_cache_bytes)
-        yield gauge("herder_node_swap_used_bytes", "Swap in use.", host.memory.swap_used_bytes)
+    cpu, memory = host.cpu, host.memory
+    iowait = cpu.iowait if cpu else None
+    yield gauge("herder_node_cpu_iowait_ratio", "CPU that waits for disks, 0..1 over all CPUs.", iowait)
+    yield gauge("herder_node_page_cache_bytes", "Memory that holds files.", memory.page_cache_bytes if memory else None)
+    yield gauge("herder_node_swap_used_bytes", "Swap in use.", memory.swap_used_bytes if memory else None)
     for name, text, value in _DISK:
         yield _counters(name, text, "device", host.disks, value)
     for name, text, value in _NIC:
@@ -131,13 +131,13 @@ def _counters(name: str, text: str, label: str, things: Iterable[Any], value: Va
 def base_series(sample: NodeSample, memory_bytes: int, available_bytes: int) -> Iterator[Metric]:
     """CPU, load and memory under the names of an agent's telemetry."""
     host = sample.host
-    if host.cpu is not None and host.cpu.busy is not None:
-        yield gauge("herder_node_cpu_ratio", "CPU in use, 0..1 over all CPUs.", host.cpu.busy)
-    if host.load1 is not None:
-        yield gauge("herder_node_load1", "Load average over one minute.", host.load1)
-    if host.memory is not None:
-        yield gauge("herder_node_memory_bytes", "Memory of the node.", memory_bytes)
-        yield gauge("herder_node_memory_available_bytes", "Memory that is available.", available_bytes)
+    has_memory = host.memory is not None
+    yield gauge("herder_node_cpu_ratio", "CPU in use, 0..1 over all CPUs.", host.cpu.busy if host.cpu else None)
+    yield gauge("herder_node_load1", "Load average over one minute.", host.load1)
+    yield gauge("herder_node_memory_bytes", "Memory of the node.", memory_bytes if has_memory else None)
+    yield gauge(
+        "herder_node_memory_available_bytes", "Memory that is available.", available_bytes if has_memory else None
+    )
 
 
 def process_series(processes: Sequence[GpuProcess]) -> Iterator[Metric]:
