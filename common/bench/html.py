@@ -57,16 +57,23 @@ def render(benchmark: Mapping[str, Any], reports: Sequence[Mapping[str, Any]], s
 
 
 def of_run(report: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What `render` takes, made from the report of a single run that no head knows of."""
+    """What `render` takes, made from one report: of a run that no head knows of, or of one point by itself."""
     plan = report.get("plan") or {}
     name = f"{plan.get('model') or plan.get('api') or 'load'}: {plan.get('schedule') or plan.get('loop') or ''}"
+    known = report.get("point")
+    coverage = report.get("coverage")
     point: dict[str, Any] = {
-        "number": 0, "changes": {}, "repetition": 0, "status": "completed", "is_valid": report.get("is_valid"),
-        "reasons": [], "coverage": 1.0, "skew_ms": 0.0, "figures": {},
+        "number": 0, "changes": {}, "repetition": 0, "skew_ms": 0.0,
+        "coverage": coverage.get("share", 1.0) if isinstance(coverage, Mapping) else 1.0,
+    } | (dict(known) if isinstance(known, Mapping) else {}) | {
+        "status": "completed", "is_valid": report.get("is_valid"), "reasons": [], "figures": {},
     }  # fmt: skip
-    limits = (report.get("goodput") or {}).get("limits_ms") or {}
     benchmark: dict[str, Any] = {"name": name.strip(": "), "status": "completed", "points": [point]}
-    if limits:
+    for part in ("recipe", "recipe_sha256", "facts"):
+        if report.get(part):
+            benchmark[part] = report[part]
+    limits = (report.get("goodput") or {}).get("limits_ms") or {}
+    if limits and "recipe" not in benchmark:
         benchmark["recipe"] = {"slo": dict(limits)}
     return benchmark, [dict(report) | {"point": point}]
 
@@ -232,7 +239,7 @@ def data_of(
         for kind in ("nodes", "engines")
     }
     left_out: list[str] = []
-    made = [dict(report) for report in reports]
+    made = [_without_repeats(report, reports[0]) if place else dict(report) for place, report in enumerate(reports)]
     for number, (word, change) in enumerate(steps):
         if word:
             left_out.append(word)
@@ -242,6 +249,12 @@ def data_of(
             if len(data) <= DATA_BYTES:
                 return data, left_out + ([name] if name and any(kept_series.values()) else [])
     return msgspec.json.encode({"benchmark": {"id": benchmark.get("id")}, "reports": []}), ["everything"]
+
+
+def _without_repeats(report: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what the first report says word for word the same."""
+    same = ("formulas", "rules", "recipe", "facts", "benchmark", "machine", "versions")
+    return {name: value for name, value in report.items() if name not in same or value != first.get(name)}
 
 
 def _with_histograms(report: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

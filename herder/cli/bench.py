@@ -73,7 +73,9 @@ ARRIVALS = ("poisson", "constant", "gamma", "burst", "ramp", "steps", "spike", "
 @click.option("--timeout", type=Duration(), default=900.0, help="Longest time of one request.")
 @click.option("--first-timeout", type=Duration(), default=300.0, help="Longest wait for the first output.")
 @click.option("--insecure", is_flag=True, help="Do not check the server's TLS certificate.")
-@click.option("--format", "format_", type=click.Choice(["json", "csv", "vllm", "genai-bench"]), help="Of --save.")
+@click.option(
+    "--format", "format_", type=click.Choice(["json", "csv", "html", "vllm", "genai-bench"]), help="Of --save."
+)
 @click.option("--save", type=click.Path(), help="Write the report there; without --format by its suffix.")
 @click.option("--detail", is_flag=True, help="With every request in the JSON report.")
 @pass_globals
@@ -160,7 +162,12 @@ def _save(given: dict[str, Any], report: Any, outcome: Any) -> str:
 
     said = ""
     path = Path(given["save"])
-    kind = given["format_"] or ("csv" if path.suffix == ".csv" else "json")
+    kind = given["format_"] or {".csv": "csv", ".html": "html"}.get(path.suffix, "json")
+    if kind == "html":
+        from common.bench.html import of_run, render
+
+        path.write_text(render(*of_run(msgspec.to_builtins(report)), {}))
+        return ""
     if kind == "csv":
         path.write_text(formats.to_csv(report))
         return ""
