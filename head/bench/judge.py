@@ -34,8 +34,10 @@ _NOT_FOR_CHILDREN = ("PYTHONPATH", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_P
 class Judges:
     """Asks children."""
 
-    def __init__(self, *, answer_s: float = limits.JUDGE_S, memory_bytes: int = limits.JUDGE_BYTES) -> None:
-        self._answer_s, self._memory_bytes = answer_s, memory_bytes
+    def __init__(self, *, answer_s: float = limits.JUDGE_S, memory_bytes: int = 0) -> None:
+        """memory_bytes 0: JUDGE_BYTES, and at most half of the machine's."""
+        self._answer_s = answer_s
+        self._memory_bytes = memory_bytes or min(limits.JUDGE_BYTES, _machine_bytes() // 2)
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._waiting = 0
 
@@ -81,6 +83,10 @@ class Judges:
             return msgspec.convert(answered.value, answer)
         except msgspec.DecodeError:
             raise Internal("judging said nothing that can be read") from None
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:

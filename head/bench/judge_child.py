@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from common.errors import HerderError, Internal, InvalidRecipe, MemoryFull, NotFound
+from common.errors import HerderError, Internal, InvalidRecipe, InvalidValue, MemoryFull, NotFound
 from common.fsio import make_directories, write_atomic
 from head.bench.questions import Answered, AnyQuestion, Check, Export, Judge, Judged, Write
 from head.bench.store import LOAD_FILE, REPORT_FILE, told
@@ -28,6 +28,7 @@ SERIES_BYTES = 268_435_456  # of monitors' files in a page, all together; what i
 def main() -> int:
     """Answers the question on stdin."""
     os.nice(10)
+    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory ends, this ends and not the head
     limit = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -94,6 +95,8 @@ def export(question: Export) -> int:
             made = msgspec.json.encode(write_as(report, outcome.records))
     except FileNotFoundError:
         raise NotFound("this point has no report") from None
+    except ValueError as error:
+        raise InvalidValue(f"this point cannot be written as {question.format}: {error}") from None
     with told():
         write_atomic(Path(question.target), made)
     return len(made)

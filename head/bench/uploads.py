@@ -52,7 +52,7 @@ class Uploads:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._turns = asyncio.Semaphore(WRITTEN_AT_ONCE)
-        self._waiting = 0
+        self.waiting = 0
 
     async def take(self, benchmark: str, run: str, name: str, coming: Announced, pieces: AsyncIterator[bytes]) -> int:
         """Stores an artifact of a run; returns its bytes once they are on the disk under its name.
@@ -75,16 +75,16 @@ class Uploads:
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
-        if self._waiting >= WAITING:
+        if self.waiting >= WAITING:
             raise TooMany("too many artifacts come at once", retry_after_s=5)
-        self._waiting += 1
+        self.waiting += 1
         try:
             async with asyncio.timeout(TURN_S):
                 await self._turns.acquire()
         except TimeoutError:
             raise TooMany("too many artifacts come at once", retry_after_s=5) from None
         finally:
-            self._waiting -= 1
+            self.waiting -= 1
         try:
             yield
         finally:
