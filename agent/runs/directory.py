@@ -8,7 +8,7 @@
     end.json       {"how": "finish"}                    by the agent
     ticks.jsonl    a line for each second; begun anew when it has grown large; by the process
     generator.log  what the process wrote to stdout and stderr
-    load.bin, or monitor.csv and engine.csv             what was measured
+    load.bin, or monitor.csv, engine.csv, processes.csv what was measured
 
 The process needs no agent to go on and the agent finds it again by these files. Everything is 0600 in 0700
 directories. All functions block and are called from threads.
@@ -32,7 +32,7 @@ from common.statedir import write_secret
 
 T = TypeVar("T")
 LOG = "generator.log"
-ARTIFACTS = {"load": ("load.bin", LOG), "monitor": ("monitor.csv", "engine.csv")}
+ARTIFACTS = {"load": ("load.bin", LOG), "monitor": ("monitor.csv", "engine.csv", "processes.csv", LOG)}
 LOG_BYTES = 16 << 20  # a longer log is begun anew; what a run has to say fits many times
 TICKS_BYTES = 1 << 20
 TAIL_BYTES = 64 << 10

@@ -7,20 +7,27 @@ long, and at the order's `stop_boottime_ns`.
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
+import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
 from agent import outbound
 from agent.loadgen.datasets import KINDS
-from agent.loadgen.engine import NS, Share, Tick
+from agent.loadgen.engine import NS, Tick
 from agent.loadgen.order import Aim, Order, order_of, shares_of
 from agent.loadgen.run import LEAD_NS, Crew, on_signals
+from agent.loadgen.server_tokens import is_server
 from agent.mover.source_file import open_confined
 from agent.runs.directory import TICKS_BYTES, Fire, LoadOrder, RunDirectory, Status
 from common import limits, wire
@@ -67,7 +74,7 @@ def confined(spec: LoadSpec, roots: list[Path], directory: Path) -> LoadSpec:
     made: dict[str, str] = {}
     for field in _FILES:
         text = getattr(spec, field)
-        if not text:
+        if not text or (field == "tokenizer" and is_server(text)):
             continue
         name, colon, kind = text.rpartition(":")
         if field != "dataset" or not colon or kind not in KINDS:
@@ -84,10 +91,37 @@ def confined(spec: LoadSpec, roots: list[Path], directory: Path) -> LoadSpec:
     return replace(spec, **made)
 
 
-def check_addresses(shares: list[Share]) -> None:
-    """What will be connected to, after all names were resolved. Raises: AddressRefused."""
-    for address in {endpoint.address[0] for share in shares for endpoint in share.endpoints}:
-        outbound.refuse(str(address))
+def guard_lookups() -> None:
+    """From here on no name leads this process to an address that the agent's rules refuse.
+
+    Every connection of a load generator begins with a lookup, of its targets as of a tokenizer's server; what a
+    lookup gave is connected to, and not asked for again. Lookups then raise AddressRefused.
+    """
+    look_up = socket.getaddrinfo
+
+    def checked(*place: Any, **how: Any) -> Any:
+        found = look_up(*place, **how)
+        for *_, address in found:
+            outbound.refuse(str(address[0]))
+        return found
+
+    socket.getaddrinfo = checked
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Ends what takes longer, in the main thread. Raises: TimedOut."""
+
+    def over(number: int, frame: object) -> None:
+        raise TimedOut(f"not prepared within {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class Seconds:
@@ -152,7 +186,7 @@ class Runner:
         self._cancel_ns = 0
 
     def run(self) -> int:
-        """Everything. Returns the exit status: 0 also for a run that failed and said so."""
+        """Everything. Returns the exit status."""
         try:
             self._say("preparing")
             self._run()
@@ -163,20 +197,21 @@ class Runner:
         except MemoryError:
             self._fail(MemoryFull("not enough memory on this node for what the run has to keep"))
         except OSError as error:
-            self._fail(InvalidValue(f"{error.strerror or error}: {error.filename}" if error.filename else str(error)))
+            self._fail(_as_ours(error))
         except Exception as error:  # noqa: BLE001  # the border of a process: what it was is told
             traceback.print_exc()
             self._fail(Internal(f"{type(error).__name__}: {error}"[:500]))
-        return 0
+        return 1 if self.status.state != "ended" else 0
 
     def _run(self) -> None:
         found = self.directory.read("order.json", LoadOrder)
         if found is None:
             raise Internal("there is no order that can be read")
-        order = self._prepare(found)
-        shares = shares_of(order)
         if not found.allow_link_local:
-            check_addresses(shares)
+            guard_lookups()
+        with limited(limits.RUN_PREPARE_MS / 1000):
+            order = self._prepare(found)
+            shares = shares_of(order)
         count = order.tokenizer.count if order.tokenizer is not None else None
         seconds = Seconds(self.directory.path / "ticks.jsonl", found.run, len(shares))
         crew = Crew(shares, count_tokens=count, on_tick=seconds.take)
@@ -269,7 +304,10 @@ class Runner:
             raise DiskFull(f"{len(data):,} bytes of results cannot be written: {error.strerror}") from None
 
     def _fail(self, error: HerderError) -> None:
-        self._say("failed", error=error)
+        try:
+            self._say("failed", error=error)
+        except OSError as trouble:
+            self._log(f"and this cannot be written down: {trouble.strerror}")
 
     def _say(self, state: str, *, error: HerderError | None = None, **told: object) -> None:
         self.status = replace(self.status, state=state, error=error.info() if error is not None else None, **told)
@@ -279,6 +317,15 @@ class Runner:
     def _log(self, text: str) -> None:
         sys.stderr.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {text}\n")
         sys.stderr.flush()
+
+
+def _as_ours(error: OSError) -> HerderError:
+    if isinstance(error, socket.gaierror):
+        return InvalidValue(f"a host of the run has no address here: {error.strerror}")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull("the run's directory cannot be written: no room")
+    name = Path(error.filename).name if isinstance(error.filename, str) else ""
+    return RunFailed(f"{name}: {error.strerror}" if name else str(error)[:500])
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from common.telemetry import fields
 log = logging.getLogger(__name__)
 LOOK_S = 0.25
 KILL_S = 5.0
+READY_S = 20.0  # a monitor has begun by then
 MODULES = {"load": ("agent.runs.runner",), "monitor": ("agent.monitor", "--run")}
 _PYTHON: tuple[str, ...] = ("PYTHONPATH", "PYTHONSAFEPATH")
 REQUIRED = {"load": "load.bin", "monitor": "monitor.csv"}
@@ -336,7 +337,13 @@ class Runs:
     async def _finish(self, effect: fx.SignalRun) -> None:
         await self._write(effect.run, effect.generation, "end.json", {"how": "finish"})
         live = self.live.get(effect.run)
-        if live is not None and live.kind == "monitor" and procs.is_running(live.pid, live.ticks):
+        if live is None or live.kind != "monitor":
+            return
+        for _ in range(int(READY_S / LOOK_S)):  # SIGTERM before it has a handler would end it without its files
+            if live.run not in self.live or live.stamp != (0, 0):
+                break
+            await asyncio.sleep(LOOK_S)
+        if procs.is_running(live.pid, live.ticks):
             os.kill(live.pid, signal.SIGTERM)
 
     async def _kill(self, run: str) -> list[int]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -288,16 +289,87 @@ class TestFiles:
             assert {headers["Content-Length"] for headers in door.asked} == {"17"}
 
 
-async def test_metadata_services_are_no_target(tmp_path: Path, door: Door) -> None:
-    """Load does not go to a cloud's metadata service unless the node's settings allow it."""
-    async with rig(tmp_path / "a", door) as agent:
-        agent.command(agent.order(urls=("http://169.254.169.254/latest",)))
+@pytest.mark.parametrize(
+    ("urls", "spec"),
+    [
+        (("http://169.254.169.254/latest",), {}),
+        (("http://127.0.0.1:1/", "http://[::ffff:169.254.169.254]/"), {}),
+        (("http://127.0.0.1:1",), {"api": "chat", "model": "m", "tokenizer": "server:http://169.254.169.254"}),
+    ],
+)
+async def test_metadata_services_are_not_asked(
+    tmp_path: Path, door: Door, urls: tuple[str, ...], spec: dict[str, object]
+) -> None:
+    """Neither load nor questions of its preparation go to a cloud's metadata service."""
+    async with rig(tmp_path, door) as agent:
+        agent.command(agent.order(urls=urls, spec=spec))
         result = await agent.result()
         assert result.error is not None
-        assert result.error.code == "address_refused"
-    async with rig(tmp_path / "b", door, allow_link_local=True) as agent:
-        agent.command(agent.order(urls=("http://169.254.169.254:1/latest",), spec={"timeout": 1}))
+        assert result.error.code == "address_refused", result.error
+
+
+async def test_link_local_targets_where_allowed(tmp_path: Path, door: Door) -> None:
+    """The node's setting lets load go there."""
+    async with rig(tmp_path, door, allow_link_local=True) as agent:
+        agent.command(agent.order(urls=("http://169.254.169.254:1/latest",)))
         await agent.is_in("armed")
+
+
+async def test_host_without_an_address(tmp_path: Path, door: Door) -> None:
+    """A name that nobody knows is told as such."""
+    async with rig(tmp_path, door) as agent:
+        agent.command(agent.order(urls=("http://no-such-host.invalid:80/",)))
+        result = await agent.result()
+        assert result.error is not None
+        assert (result.error.code, "no address" in result.error.message) == ("invalid_value", True), result.error
+
+
+class TestMonitor:
+    """The other kind of run."""
+
+    def order(self, **fields: Any) -> wire.EnsureRun:
+        """An order for the monitor."""
+        return wire.EnsureRun(RUN, "monitor", {"interval": 0.2, "engines": []}, **fields)
+
+    async def test_samples_until_it_is_told_to_end(self, tmp_path: Path, door: Door) -> None:
+        """It begins by itself, outlives its agent, and at `finish` its files go to the head."""
+        async with rig(tmp_path, door) as agent:
+            agent.command(self.order())
+            await agent.is_in("running")
+            path = agent.directory().path / "monitor.csv"
+        await until(lambda: path.exists() and path.read_bytes().count(b"\n") > 5, "samples without an agent")
+        async with rig(tmp_path, door) as agent:
+            agent.command(wire.EndRun(RUN, "finish"))
+            result = await agent.result()
+            assert result.outcome == "ok", result.error
+            assert {"monitor.csv", "engine.csv"} <= set(result.detail["artifacts"])
+            assert agent.members() == []
+        assert door.files[f"{RUN}/monitor.csv"].count(b"\n") > 5
+
+    async def test_told_to_end_at_once(self, tmp_path: Path, door: Door) -> None:
+        """An end that comes with the order waits until there is something to end."""
+        async with rig(tmp_path, door) as agent:
+            agent.command(self.order())
+            agent.command(wire.EndRun(RUN, "finish"))
+            result = await agent.result()
+            assert result.outcome == "ok", result.error
+
+    async def test_ends_by_itself(self, tmp_path: Path, door: Door) -> None:
+        """With stop_after it ends without anybody, and its files are sent."""
+        async with rig(tmp_path, door) as agent:
+            agent.command(self.order(stop_after_ms=2_000))
+            result = await agent.result()
+            assert result.outcome == "ok", result.error
+
+    async def test_killed(self, tmp_path: Path, door: Door) -> None:
+        """A monitor that is gone failed; it is not started again behind its own back."""
+        async with rig(tmp_path, door) as agent:
+            agent.command(self.order())
+            await until(lambda: agent.directory().status(), "its first word")
+            os.kill(agent.state.runs[RUN].pid, signal.SIGKILL)
+            result = await agent.result()
+            assert result.error is not None
+            assert "the monitor was killed by signal 9" in result.error.message
 
 
 class TestSending:

@@ -14,6 +14,7 @@ import yaml
 
 from agent import holder_protocol, procs
 from agent.run_files import RunFiles
+from agent.runs.directory import RunDirectories
 from common import wire
 from common.errors import ErrorInfo
 from tests.doubles.ws_head import TOKEN, WsHead, until
@@ -109,6 +110,9 @@ class Node:
         if self.process is not None and self.process.returncode is None:
             self.process.kill()
             await self.wait_ended(self.process)
+        runs = RunDirectories(self.root / "state" / "runs")
+        for name in runs.names():
+            procs.kill_all(0, runs.mark(name), within_s=5)
         files = RunFiles(self.root / "state" / "replicas")
         for replica, run in files.unfinished():
             procs.kill_all(0, files.mark(replica, run), within_s=5)

@@ -43,11 +43,13 @@ class WsHead:
         self.received: list[wire.Message] = []
         self.tokens: list[str] = []
         self.sessions = 0
+        self.files: dict[str, bytes] = {}  # "run/name" -> what a run sent
         self._socket: web.WebSocketResponse | None = None
         self._runner: web.AppRunner | None = None
 
     async def __aenter__(self) -> WsHead:
-        app = web.Application()
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_put("/api/v1/agent/runs/{run}/artifacts/{name}", self._put)
         app.router.add_get("/api/v1/agent", self._agent)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
@@ -96,6 +98,12 @@ class WsHead:
         reports = self.of(wire.Report)
         found = [status for status in reports[-1].replicas if status.replica == replica] if reports else []
         return found[0] if found else None
+
+    async def _put(self, request: web.Request) -> web.Response:
+        if request.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return web.Response(status=401)
+        self.files[f"{request.match_info['run']}/{request.match_info['name']}"] = await request.read()
+        return web.json_response({})
 
     async def _agent(self, request: web.Request) -> web.StreamResponse:
         self.tokens.append(request.headers.get("Authorization", ""))
