@@ -39,31 +39,21 @@ class Judges:
         self._answer_s = answer_s
         self._memory_bytes = memory_bytes or min(limits.JUDGE_BYTES, _machine_bytes() // 2)
         self._turns = asyncio.Semaphore(AT_ONCE)
-        self._waiting = 0
+        self.waiting = 0
 
     async def ask(self, question: AnyQuestion, answer: type[T], *, timeout_s: float = 0.0) -> T:
         """The answer. Raises: what the child refuses with; TooMany, TimedOut, MemoryFull, Internal."""
-        if self._waiting >= WAITING:
+        if self.waiting >= WAITING:
             raise TooMany("too many reports are being made", hint="try again in some seconds")
-        self._waiting += 1
+        self.waiting += 1
         try:
             async with self._turns:
                 return await self._ask(question, answer, timeout_s or self._answer_s)
         finally:
-            self._waiting -= 1
+            self.waiting -= 1
 
     async def _ask(self, question: AnyQuestion, answer: type[T], timeout_s: float) -> T:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-P",
-            "-m",
-            "head.bench.judge_child",
-            str(self._memory_bytes),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=_child_env(),
-            start_new_session=True,
-        )
+        process = await self._started()
         try:
             async with asyncio.timeout(timeout_s):
                 said, _ = await process.communicate(msgspec.json.encode(question))
@@ -83,6 +73,26 @@ class Judges:
             return msgspec.convert(answered.value, answer)
         except msgspec.DecodeError:
             raise Internal("judging said nothing that can be read") from None
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        starting = asyncio.ensure_future(
+            asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",
+                "-m",
+                "head.bench.judge_child",
+                str(self._memory_bytes),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                env=_child_env(),
+                start_new_session=True,
+            )
+        )
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await _end(await starting)  # half started it would be nobody's
+            raise
 
 
 def _machine_bytes() -> int:

@@ -57,6 +57,11 @@ class Performer:
         """What running benchmarks do."""
         return self._sessions.live
 
+    @property
+    def busy(self) -> int:
+        """How many effects are being performed."""
+        return len(self._running)
+
     async def start(self) -> None:
         """Removes what a crash left behind; from then on effects are performed."""
         gone = await asyncio.to_thread(self.store.remove_leftovers, set(self._driver.state.benchmarks))
