@@ -91,7 +91,7 @@ def load_recipes(root: Path) -> dict[str, tuple[Recipe, str]]:
     found: dict[str, tuple[Recipe, str]] = {}
     for path in sorted(root.rglob("*.y*ml")):
         relative = str(path.relative_to(root))
-        if relative.startswith("benchmark/"):
+        if relative.startswith(("benchmark/", "suite/")):
             continue  # another kind of document: common/bench/recipe.py
         recipe = parse_recipe(path.read_text(), where=relative)
         if recipe.name in found:

@@ -49,6 +49,9 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "bench": (f"{_HERE}.bench", "Put load on any URL and measure it."),
         "benchmarks": (f"{_HERE}.benchmarks", "Run, watch, compare and export benchmarks."),
         "monitor": (f"{_HERE}.monitor", "Watch this machine: GPUs, CPUs, memory, disks, engines."),
+        "suite": (f"{_HERE}.suite", "Check, make, submit and follow recipes of a benchmark suite on Slurm."),
+        "orchestrate": (f"{_HERE}.orchestrate", "Run a suite against servers and executors that are there."),
+        "executor": (f"{_HERE}.executor", "Wait on a client node for a suite's workload and send it."),
     },
     "Jobs and reasons": {
         "job": (f"{_HERE}.job", "Run a job file."),
