@@ -31,7 +31,7 @@ from common.telemetry import fields, setup_logging
 @click.option("--node-id", help="Overrides node_id.")
 @click.option("--state-dir", help="Overrides state_dir.")
 @click.option("--check-config", is_flag=True, help="Check the configuration, print the posture line, and end.")
-@click.option("--release", "releases", is_flag=True, help="End engines and RAM tier of a stopped agent, and end.")
+@click.option("--release", "releases", is_flag=True, help="End engines, load and RAM tier of a stopped agent, and end.")
 def main(
     config_path: Path | None,
     head_url: str | None,

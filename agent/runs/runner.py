@@ -161,7 +161,7 @@ class Seconds:
             self._run,
             round(max(tick.at_s for tick in ticks), 3),
             sent=sum(tick.sent for tick in ticks),
-            done=sum(tick.done for tick in ticks),
+            done=sum(tick.done - tick.failed for tick in ticks),
             failed=sum(tick.failed for tick in ticks),
             in_flight=sum(tick.in_flight for tick in ticks),
             tokens=sum(tick.tokens for tick in ticks),
