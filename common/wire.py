@@ -507,7 +507,7 @@ class EnsureRun(CommandBody, tag="ensure_run", frozen=True):
 class FireRun(CommandBody, tag="fire_run", frozen=True):
     """An armed load run shall begin at this moment of the agent's own CLOCK_BOOTTIME.
 
-    One that comes when its moment is over is not begun late: the run fails, for the other nodes began without it.
+    One that comes when its moment is over begins at once and says when, for the other nodes may have begun without it.
     """
 
     run: str

@@ -51,6 +51,8 @@ def advance(turn: Turn, benchmark: Benchmark, recipe: BenchmarkRecipe, point: Po
     """Brings the present point forward as far as its runs allow."""
     for run in load_runs(turn.state, point):
         benchmark_runs.watch(turn, run)
+    if point.state in ("preparing", "armed") and _began_without_us(turn, point):
+        return
     match point.state:
         case "preparing":
             _prepare(turn, point)
@@ -64,6 +66,15 @@ def advance(turn: Turn, benchmark: Benchmark, recipe: BenchmarkRecipe, point: Po
             _judge(turn, benchmark, point)
         case _:
             pass
+
+
+def _began_without_us(turn: Turn, point: Point) -> bool:
+    """Gives the point up when a run has begun that this life of the state never fired (it is a restored one)."""
+    begun = [run for run in load_runs(turn.state, point) if run.state in ("running", "uploading", "done")]
+    if begun:
+        node = begun[0].node
+        fail(turn, point, Unavailable(f"{node} began at the word of an earlier state of this head", node=node).info())
+    return bool(begun)
 
 
 def _prepare(turn: Turn, point: Point) -> None:
@@ -127,9 +138,7 @@ def _arm(turn: Turn, point: Point) -> None:
 
 def _run(turn: Turn, recipe: BenchmarkRecipe, point: Point) -> None:
     state = turn.state
-    if any(benchmark_runs.has_missed_its_start(state, run, turn.now_ms) for run in _going(state, point)):
-        missed = Unavailable("a load node was told of the start too late: the point is begun anew")
-        fail(turn, point, missed.info())
+    if _missed(turn, point):
         return
     allowed_ms = limits.RUN_LEAD_MS + benchmark_orders.sending_ms(recipe, point) + limits.RUN_COLLECT_MS
     if _is_over(state, point, allowed_ms, turn.now_ms):
@@ -142,8 +151,21 @@ def _run(turn: Turn, recipe: BenchmarkRecipe, point: Point) -> None:
         _note(turn, point, f"{_some(running)} at it")
 
 
+def _missed(turn: Turn, point: Point) -> bool:
+    """Gives the point up when a load node did not begin with the others."""
+    runs = load_runs(turn.state, point)
+    late = next((run for run in runs if benchmark_runs.has_missed_its_start(turn.state, run, turn.now_ms)), None)
+    if late is not None:
+        said = f"began {late.late_ms} ms late" if late.late_ms else "did not begin"
+        missed = Unavailable(f"{late.node} {said}: it was told of the common start too late", node=late.node)
+        fail(turn, point, missed.info())
+    return late is not None
+
+
 def _collect(turn: Turn, benchmark: Benchmark, point: Point) -> None:
     state = turn.state
+    if _missed(turn, point):
+        return
     if _is_over(state, point, limits.RUN_COLLECT_MS, turn.now_ms):
         _give_up(turn, point, f"its files did not come within {limits.RUN_COLLECT_MS // 1000} s")
     going = _going(state, point)
@@ -211,20 +233,18 @@ def cancel(turn: Turn, point: Point) -> None:
 def quiet_ms(state: State, recipe: BenchmarkRecipe, points: list[Point]) -> int:
     """Until when a part that was lost after its start may still send by itself; 0: there is none.
 
-    Nobody can tell such a generator to stop, so the next point waits until it has surely ended.
+    Nobody could tell such a generator to stop, so the next point waits until it has surely ended.
     """
     until_ms = 0
     for point in points:
-        silent = [part for part in point.parts if part.state == "lost" and _may_still_send(state, part.node)]
-        if silent and point.fire_ms:
+        if point.fire_ms and any(_is_silent(part) for part in point.parts):
             sent_ms = max(point.fire_ms, state.started_ms) + benchmark_orders.sending_ms(recipe, point)
             until_ms = max(until_ms, sent_ms + limits.RUN_LEAD_MS)
     return until_ms
 
 
-def _may_still_send(state: State, node_id: str) -> bool:
-    node = state.nodes.get(node_id)
-    return node is not None and node.status == "unreachable"
+def _is_silent(part: Part) -> bool:
+    return part.state == "lost" and part.error is not None and part.error.code == NodeUnreachable.code
 
 
 # words and bookkeeping

@@ -10,6 +10,7 @@ generation, "forget" under the next. Source for levels instead of edges: Kuberne
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,8 +26,10 @@ from head.core.state import RUN_ENDED, Clock, State
 from head.core.turn import Turn
 
 _REPORTED = frozenset({"preparing", "armed", "running", "uploading"})
+_ARTIFACT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NS = 1_000_000
 _CLOCK_AGAIN_MS = 3_000
+_DISAGREED = 1 << 63  # no digest: the next lease asks for the report again
 
 
 # made and changed by the benchmark
@@ -123,11 +126,13 @@ def on_result(turn: Turn, node_id: str, result: wire.Result) -> None:
         if run.desired == "absent" and result.outcome == "cancelled":
             drop(turn, run)
         elif result.outcome == "ok":
-            _done(turn, run)
+            _done_by_result(turn, run, result.detail)
         else:
             said = result.error or Unavailable(f"{run.node} ended it and did not say why").info()
             lose(turn, run, said, state="failed")
     elif kind == commands.FIRE and result.outcome == "failed":
+        if result.error is not None and result.error.is_retryable:
+            return  # told again, unless its moment is over by then
         said = result.error or Conflict(f"{run.node} did not begin and did not say why").info()
         lose(turn, run, said, state="failed")
     elif kind == commands.END and run.desired == "absent" and result.outcome == "ok":
@@ -147,16 +152,44 @@ def _take(turn: Turn, run: Run, status: wire.RunStatus) -> None:
     """A status of the present generation."""
     if run.state in RUN_ENDED or run.desired == "absent":
         turn.touch("run", run.id)
+    elif status.state == "done" and run.artifacts:
+        _done(turn, _begun(run, status.start_boottime_ns))
     elif status.state == "done":
-        _done(turn, run)
+        _ask_again(turn, run)
     elif status.state == "failed":
         said = status.error or Unavailable(f"the run failed on {run.node} and its agent did not say why").info()
         lose(turn, run, said, state="failed")
     elif status.state in _REPORTED:
         changed = replace(run, state=status.state, digest=status.digest or run.digest)
+        changed = _begun(changed, status.start_boottime_ns)
         if changed != run:
             turn.put(changed, f"run_{status.state}" if status.state != run.state else "run_changed")
         turn.touch("run", run.id)
+
+
+def _done_by_result(turn: Turn, run: Run, detail: dict[str, Any]) -> None:
+    """The agent's own list of what the head took counts, too: it is written down there before it is said."""
+    listed = detail.get("artifacts")
+    told = listed if isinstance(listed, list | tuple) else ()
+    names = [name for name in told if isinstance(name, str) and _ARTIFACT.fullmatch(name) and ".." not in name]
+    kept = tuple(sorted({*run.artifacts, *names}))[: limits.ARTIFACTS_PER_RUN]
+    began_ns = detail.get("start_boottime_ns")
+    _done(turn, _begun(replace(run, artifacts=kept), began_ns if isinstance(began_ns, int) else 0))
+
+
+def _ask_again(turn: Turn, run: Run) -> None:
+    """It is done and its result, which names the files, was lost with an older life of ours: it is said again."""
+    op = commands.op_id(commands.RUN, run.id)
+    body = benchmark_orders.ensure_body(turn, run) if _is_due(turn, run, op) else None
+    if body is not None:
+        _send(turn, run, commands.RUN, run.generation, body)
+
+
+def _begun(run: Run, began_boottime_ns: int) -> Run:
+    """The run with how late it began, where it says so."""
+    if run.kind != "load" or not run.start_boottime_ns or began_boottime_ns <= run.start_boottime_ns:
+        return run
+    return replace(run, late_ms=max(1, (began_boottime_ns - run.start_boottime_ns) // _NS))
 
 
 def _done(turn: Turn, run: Run) -> None:
@@ -175,17 +208,22 @@ def _missing(turn: Turn, run: Run) -> None:
 
 
 def _other_generation(turn: Turn, run: Run, status: wire.RunStatus) -> None:
-    """A run of this name from another life of the head's state: it goes, and ours has the higher number."""
-    _forget_stray(turn, run.node, status)
-    if run.state != "pending":
+    """A run of this name from another life of the head's state: an order with a higher number takes its place."""
+    if run.desired == "absent" or run.state in RUN_ENDED:
+        _forget_stray(turn, run.node, status)
+    elif run.state != "pending":
         lose(turn, run, Conflict(f"{run.node} has it under another number", node=run.node).info())
     elif run.generation <= status.generation:
         raised = max(turn.next_generation(), status.generation + 1)
         turn.put(replace(run, generation=raised), "run_generation_raised")
+    turn.touch("run", run.id)
 
 
 def _forget_stray(turn: Turn, node_id: str, status: wire.RunStatus) -> None:
-    """A run that no benchmark wants there (any more) is told to be forgotten."""
+    """A run that no benchmark wants there (any more) is told to be forgotten, at every report until it is gone."""
+    live = turn.state.live.get(node_id)
+    if live is not None:
+        live.report_digest = _DISAGREED
     generation = max(status.generation + 1, turn.state.revision)
     body = wire.EndRun(run=status.run, how="forget")
     op = commands.op_id(commands.END, status.run)
@@ -282,7 +320,9 @@ def watch(turn: Turn, run: Run) -> None:
 
 
 def has_missed_its_start(state: State, run: Run, now_ms: int) -> bool:
-    """Whether a fired run waits although its moment is over for so long that its agent would have told otherwise."""
+    """Whether a fired run began apart from the others, or waits although its moment is long over."""
+    if run.late_ms and run.parts > 1:
+        return True
     if run.kind != "load" or run.desired != "fired" or run.state not in ("armed", "preparing"):
         return False
     there_ms = node_boottime_ms(state, run.node, now_ms)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import get_args
 
 from common import ids, limits
-from head.core import admission, copy_facts, placement
+from head.core import admission, benchmark_facts, copy_facts, placement
 from head.core.objects import Step
-from head.core.state import JOB_ENDED, STEP_ENDED, State, restore
-from herder.types import CopyState, ReplicaState, StepState
+from head.core.state import BENCHMARK_ENDED, JOB_ENDED, POINT_ENDED, RUN_ENDED, STEP_ENDED, State, restore
+from herder.types import BenchmarkState, CopyState, PointState, ReplicaState, StepState
 
 Rule = Callable[[State], Iterator[str]]
 RULES: list[Rule] = []
@@ -247,6 +247,82 @@ def jobs_are_in_order(state: State) -> Iterator[str]:
                 yield f"{key}/{step.id} failed without a reason"
 
 
+# benchmarks
+_BENCHMARK_STATES = frozenset(get_args(BenchmarkState))
+_POINT_STATES = frozenset(get_args(PointState))
+_RUN_STATES = frozenset({"pending", "preparing", "armed", "running", "uploading"}) | RUN_ENDED
+_RUN_DESIRED = frozenset({"armed", "fired", "ended", "absent"})
+
+
+@rule
+def benchmarks_are_in_order(state: State) -> Iterator[str]:
+    """One point at a time, none after the end; what failed says why, and an own service is gone, going or kept."""
+    for key, benchmark in state.benchmarks.items():
+        points = benchmark_facts.points_of(state, key)
+        going = [point.number for point in points if point.state not in POINT_ENDED and point.state != "pending"]
+        is_ended = benchmark.state in BENCHMARK_ENDED
+        if benchmark.state not in _BENCHMARK_STATES:
+            yield f"{key} is {benchmark.state}"
+        if [point.number for point in points] != list(range(len(points))):
+            yield f"{key} has the points {[point.number for point in points]}"
+        if len(going) > 1 or (going and benchmark.state not in ("running", "finishing")):
+            yield f"{key} is {benchmark.state} and is at the points {going}"
+        if is_ended and any(point.state not in POINT_ENDED for point in points):
+            yield f"{key} is {benchmark.state} and has points that have not ended"
+        if is_ended and (state.runs_by_benchmark.get(key) or not benchmark.ended_ms):
+            yield f"{key} is {benchmark.state} and has runs, or no time of its end"
+        if (benchmark.state in ("failed", "cancelled")) != (benchmark.error is not None) and is_ended:
+            yield f"{key} is {benchmark.state} with the error {benchmark.error}"
+        service = state.services.get(benchmark.service) if benchmark.is_own_service else None
+        serve = benchmark.recipe["server"].get("serve") or {}
+        if is_ended and service is not None and service.desired == "running" and not serve.get("keep"):
+            yield f"{key} is {benchmark.state} and its service {service.name} goes on"
+
+
+@rule
+def points_are_in_order(state: State) -> Iterator[str]:
+    """Points belong to benchmarks; what was fired was the same everywhere; figures are of what was judged."""
+    for key, point in state.points.items():
+        if point.benchmark not in state.benchmarks or point.state not in _POINT_STATES:
+            yield f"{key} is {point.state}, of {point.benchmark}"
+        if point.state == "failed" and point.error is None:
+            yield f"{key} failed without a reason"
+        if point.is_valid and (point.state != "completed" or point.coverage < 1 or point.reasons):
+            yield f"{key} is valid, {point.state}, {point.reasons} and covers {point.coverage}"
+        if point.figures and point.state != "completed":
+            yield f"{key} is {point.state} and has figures"
+        runs = benchmark_facts.load_runs(state, point)
+        fired = {run.digest for run in runs if run.desired == "fired"}
+        if len(fired) > 1:
+            yield f"{key} was fired although its parts differ: {sorted(fired)}"
+        if point.state in POINT_ENDED and any(run.desired != "absent" for run in runs):
+            yield f"{key} is {point.state} and its runs are wanted"
+
+
+@rule
+def runs_are_in_order(state: State) -> Iterator[str]:
+    """Runs belong to live benchmarks and known points, and are few on each node."""
+    wanted: dict[str, int] = {}
+    for key, run in state.runs.items():
+        if run.benchmark not in state.live_benchmarks:
+            yield f"{key} is of {run.benchmark}, which is not alive"
+        if run.kind == "load" and f"{run.benchmark}.{run.point}" not in state.points:
+            yield f"{key} is of no known point"
+        if run.state not in _RUN_STATES or run.desired not in _RUN_DESIRED:
+            yield f"{key} is {run.state} and desired {run.desired}"
+        if run.state in ("failed", "lost") and run.error is None:
+            yield f"{key} is {run.state} without a reason"
+        if run.kind == "load" and run.desired == "fired" and not run.start_boottime_ns:
+            yield f"{key} is fired without a moment"
+        if len(run.artifacts) > limits.ARTIFACTS_PER_RUN:
+            yield f"{key} has {len(run.artifacts)} files"
+        if run.desired != "absent" and run.state not in RUN_ENDED:
+            wanted[run.node] = wanted.get(run.node, 0) + 1
+    for node, count in wanted.items():
+        if count > limits.RUNS_PER_NODE:
+            yield f"{count} runs are to be on {node}"
+
+
 @rule
 def queues_keep_their_limits(state: State) -> Iterator[str]:
     """Steps at work per node, live jobs, checks and services are bounded."""
@@ -257,6 +333,7 @@ def queues_keep_their_limits(state: State) -> Iterator[str]:
         ("live jobs", len(state.live_jobs), limits.JOBS_LIVE),
         ("checks", len(state.checks), limits.CHECKS_LIVE),
         ("services", len(state.services), limits.SERVICES),
+        ("live benchmarks", len(state.live_benchmarks), limits.BENCHMARKS_LIVE),
     ):
         if count > limit:
             yield f"{count} {name}; at most {limit}"

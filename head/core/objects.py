@@ -414,6 +414,7 @@ class Run(Object, frozen=True):
     parts: int = 1
     digest: str = ""
     start_boottime_ns: int = 0
+    late_ms: int = 0  # how long after its moment it really began; it was told too late
     artifacts: tuple[str, ...] = ()  # names of those that the head holds
     error: ErrorInfo | None = None
 

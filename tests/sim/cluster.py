@@ -16,6 +16,7 @@ from common.errors import ErrorInfo
 from common.recipe import Health, Recipe, Resources, load_recipes
 from head.core.objects import Job
 from tests.sim.machine import GIB, held_copy, origin_manifest
+from tests.sim.measurers import Measurers
 from tests.sim.people import People
 from tests.sim.rest import Rest
 from tests.sim.sim_head import MemoryJournal, SimHead
@@ -56,7 +57,15 @@ class Cluster:
     """One run."""
 
     def __init__(
-        self, seed: int, *, nodes: int, models: int, faults: Faults, requests: int, rest_ms: int = REST_MS
+        self,
+        seed: int,
+        *,
+        nodes: int,
+        models: int,
+        faults: Faults,
+        requests: int,
+        benchmarks: int = 0,
+        rest_ms: int = REST_MS,
     ) -> None:
         self.world = World(seed, faults)
         self.head = SimHead(self.world, RECIPES)
@@ -69,7 +78,10 @@ class Cluster:
         self.strangers = self._make_strangers()
         self.models = [f"org/m{index}" for index in range(models)] + [f"local/m{index}" for index in range(models // 3)]
         self.people = People(self.world, self.head, self.nodes, self.models)
+        self.measurers = Measurers(self.people)
+        self.head.judge.nodes, self.head.judge.strangers = self.nodes, self.strangers
         self.requests = requests
+        self.benchmarks = benchmarks
         self.rest_ms = rest_ms
         self.head.check_every = max(1, nodes // 10)
         self.backup: MemoryJournal | None = None
@@ -118,6 +130,8 @@ class Cluster:
         spread = max(1, world.faults.until_ms - 12_000)
         for _ in range(self.requests):
             world.after(12_000 + rng.randint(0, spread), "request", self.people.random_request)
+        for _ in range(self.benchmarks):
+            world.after(20_000 + rng.randint(0, spread), "benchmark", self.measurers.random_request)
         world.after(1000, "faults", self._hurt)
         world.after(500, "look", self._look)
         if world.chance(world.faults.head_restored):
@@ -253,7 +267,7 @@ class Cluster:
         if self.world.now_ms - self._doubted_ms >= EXCUSED_MS:
             sound = {name: node for name, node in self.nodes.items() if not self._is_excused(name)}
             wrong = [fact for node in sound.values() for fact in node.machine.complaints()]
-            wrong += _doubles(sound)
+            wrong += [*_doubles(sound), *self.measurers.complaints()]
             assert not wrong, f"now: {wrong[:5]}"
         self.world.after(500, "look", self._look)
 
@@ -266,7 +280,7 @@ class Cluster:
     # what must hold at rest
     def check(self) -> None:
         """Raises AssertionError that names everything that is not as it should be."""
-        wrong = Rest(self.head, self.nodes, self.people).wrong()
+        wrong = [*Rest(self.head, self.nodes, self.people).wrong(), *self.measurers.wrong()]
         assert not wrong, "not at rest:\n  " + "\n  ".join(wrong[:20])
 
     def summary(self) -> dict[str, object]:
@@ -284,6 +298,8 @@ class Cluster:
             "refused_with": dict(self.people.history.refusals),
             "copies": len(self.head.state.copies),
             "services": len(self.head.state.services),
+            "benchmarks": dict(Counter(one.state for one in self.head.state.benchmarks.values())),
+            "points": dict(Counter(one.state for one in self.head.state.points.values())),
             "engines": sum(len(node.machine.engines) for node in self.nodes.values()),
             "did": {what: whats[what] for what in ("copy_evicted", "replica_replaced", "replica_outdated")},
         }

@@ -67,6 +67,25 @@ class EngineProcess:
 
 
 @dataclass
+class RunProcess:
+    """A load generator or a monitor, or what is left of it. Times are the world's."""
+
+    order: wire.EnsureRun
+    generation: int
+    state: str = "preparing"  # preparing | armed | running | ended | failed | died
+    digest: str = ""
+    start_boottime_ns: int = 0
+    late_ms: int = 0
+    began_ms: int = 0  # 0: it never sent
+    ended_ms: int = 0
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a process."""
+        return self.state in ("preparing", "armed", "running")
+
+
+@dataclass
 class Machine:
     """What survives the agent. A reboot clears RAM and engines."""
 
@@ -80,6 +99,9 @@ class Machine:
     holdings: dict[str, holder.Holding] = field(default_factory=dict)
     is_holder_up: bool = False
     engines: dict[str, EngineProcess] = field(default_factory=dict)
+    runs: dict[str, RunProcess] = field(default_factory=dict)
+    past_runs: list[RunProcess] = field(default_factory=list)
+    spawned: set[tuple[str, int]] = field(default_factory=set)  # runs and generations that ever had a process
     ledger: dict[tuple[str, str], Object] = field(default_factory=dict)
     lease_until_ms: int = 0  # as the agent noted it, in world time
     pids: int = 100

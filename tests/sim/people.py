@@ -64,6 +64,7 @@ class People:
         self.asked += 1
         request_id = f"req-{self.asked}"
         body = fields.get("body")
+        body = fields.get("recipe") if body is None else body
         digest = hashlib.sha256(msgspec.json.encode(body)).hexdigest() if body is not None else ""
         if self.head.is_up:
             self.history.asked(request_id, facts or {}, once, digest[:12])

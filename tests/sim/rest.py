@@ -146,7 +146,7 @@ class Rest:
 
     def _queues(self) -> Iterator[str]:
         state, pipeline = self._state, self.head.pipeline
-        things = len(state.copies) + len(state.replicas) + len(state.checks)
+        things = len(state.copies) + len(state.replicas) + len(state.checks) + len(state.runs)
         sizes = {
             "commanded_ms": (len(state.commanded_ms), 2 * things + 20),
             "progress": (len(state.progress), len(state.copies)),

@@ -11,9 +11,22 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from common import errors, wire
+from common.bench.recipe import BenchmarkRecipe
 from common.recipe import Recipe
 from head.core import events as ev
-from head.core.effects import CloseSession, Drain, Effect, EndDrain, Refuse, Reply, Send
+from head.core.effects import (
+    CloseSession,
+    Drain,
+    Effect,
+    EndDrain,
+    JudgePoint,
+    MeasureClock,
+    Refuse,
+    RemoveBenchmark,
+    Reply,
+    Send,
+    WriteBenchmark,
+)
 from head.core.events import Event
 from head.core.invariants import check_invariants
 from head.core.objects import KINDS, Meta
@@ -23,6 +36,7 @@ from head.journal import Row
 from head.pipeline import Pipeline
 from head.restore import EPOCH_JUMP, REVISION_JUMP
 from tests.sim.sim_gateway import SimGateway
+from tests.sim.sim_judge import SimJudge
 from tests.sim.world import World
 
 BASE_MS = 1_700_000_000_000
@@ -97,6 +111,8 @@ class SimHead:
     def __init__(self, world: World, recipes: dict[str, Recipe], journal: MemoryJournal | None = None) -> None:
         self.world = world
         self.recipes = recipes
+        self.benchmark_recipes: dict[str, BenchmarkRecipe] = {}
+        self.judge = SimJudge(self)
         self.journal = journal or MemoryJournal()
         self.watchers: list[Watcher] = []
         self.base_ms = BASE_MS
@@ -113,7 +129,7 @@ class SimHead:
         self._checked = -1
         self._waiting: list[Event] = []
         self.pipeline = Pipeline(State(), step)
-        self.gateway = SimGateway(world, self.take, self._later)
+        self.gateway = SimGateway(world, self.take, self.later)
 
     @property
     def state(self) -> State:
@@ -134,7 +150,7 @@ class SimHead:
         self.stalled_until_ms = 0
         self.pipeline = Pipeline(self.journal.load(), step)
         self._waiting = []
-        self.gateway = SimGateway(self.world, self.take, self._later)
+        self.gateway = SimGateway(self.world, self.take, self.later)
         jump_ms = self.world.faults.clock_jump_ms if self.world.is_hostile and self.starts > 1 else 0
         wall_ms = BASE_MS + self.world.now_ms + self.world.rng.randint(-jump_ms, jump_ms)
         self.base_ms = max(self.journal.stamp_ms, wall_ms) - self.world.now_ms  # as `SystemClock` begins
@@ -142,8 +158,14 @@ class SimHead:
         for watcher in self.watchers:
             watcher.loaded(self.state)
         self.world.note(f"head starts (life {self.life}, revision {self.journal.revision})")
-        self.take(ev.HeadStarted("sim-cluster", bytes([self.life % 256]) * 32, self.recipes))
-        self._later(1000, "tick", self._tick)
+        secret = bytes([self.life % 256]) * 32
+        recipes = self.benchmark_recipes
+        self.take(
+            ev.HeadStarted(
+                "sim-cluster", secret, self.recipes, benchmark_recipes=recipes, gateway_url="http://head", version="sim"
+            )
+        )
+        self.later(1000, "tick", self._tick)
 
     def start_again(self) -> None:
         """A new process unless one runs."""
@@ -168,7 +190,9 @@ class SimHead:
         """An old process that goes on with this epoch upon its own copy of the state."""
         journal = self.journal.copied()
         journal.move_meta(-1, 0)
-        return SimHead(self.world, self.recipes, journal)
+        other = SimHead(self.world, self.recipes, journal)
+        other.benchmark_recipes = self.benchmark_recipes
+        return other
 
     def restore(self, backup: MemoryJournal) -> None:
         """`herder-head --restore`, with no head running."""
@@ -193,7 +217,7 @@ class SimHead:
         if self.world.now_ms < self.stalled_until_ms:
             self._waiting.append(event)
             if len(self._waiting) == 1:
-                self._later(self.stalled_until_ms - self.world.now_ms, "wake", self._wake)
+                self.later(self.stalled_until_ms - self.world.now_ms, "wake", self._wake)
             return
         released = self.pipeline.take(event, self.now_ms)
         if released.bug is not None:
@@ -219,7 +243,7 @@ class SimHead:
         stall_ms = 0
         if now < self.stalled_until_ms:
             stall_ms = self.stalled_until_ms - now
-            self._later(stall_ms, "tick", lambda: self._ticked(stall_ms))
+            self.later(stall_ms, "tick", lambda: self._ticked(stall_ms))
             return
         self._ticked(0)
 
@@ -229,7 +253,7 @@ class SimHead:
             self.world.note("head's disk has room again")
             for event in self.pipeline.recovered():
                 self.take(event)
-        self._later(1000, "tick", self._tick)
+        self.later(1000, "tick", self._tick)
 
     def _commit(self) -> None:
         rows = self.pipeline.seal()
@@ -238,7 +262,7 @@ class SimHead:
         if not rows:
             self._release(self.pipeline.committed().effects)
             return
-        self._later(self.world.rng.randint(1, 6), "fsync", lambda: self._synced(rows))
+        self.later(self.world.rng.randint(1, 6), "fsync", lambda: self._synced(rows))
 
     def _synced(self, rows: list[Row]) -> None:
         if self.world.now_ms < self.disk_full_until_ms:
@@ -279,6 +303,12 @@ class SimHead:
                     session = self.sessions.get(effect.session_id)
                     if session is not None:
                         session[1](effect.session_id, effect.message)
+                case MeasureClock():
+                    session = self.sessions.get(effect.session_id)
+                    if session is not None:
+                        session[1](effect.session_id, wire.ClockAsk(self.world.now_ms))
+                case JudgePoint() | WriteBenchmark() | RemoveBenchmark():
+                    self.judge.perform(effect)
                 case CloseSession():
                     closing = self.sessions.pop(effect.session_id, None)
                     if closing is not None:
@@ -287,7 +317,7 @@ class SimHead:
                 case _:
                     self.world.note(f"head effect {effect}")
 
-    def _later(self, delay_ms: int, name: str, action: Callable[[], None]) -> None:
+    def later(self, delay_ms: int, name: str, action: Callable[[], None]) -> None:
         life = self.life
 
         def guarded() -> None:
@@ -328,5 +358,15 @@ class SimHead:
                 self.take(ev.ResultReceived(node, session_id, message))
             case wire.Leaving():
                 self.take(ev.AgentLeaving(node, session_id, message))
+            case wire.ClockTold():
+                self._clock_told(node, session_id, message)
             case _:
                 raise AssertionError(f"unexpected frame {message}")
+
+    def _clock_told(self, node: str, session_id: str, told: wire.ClockTold) -> None:
+        """As `head/bench/clocks.py`: the middle of the way there and back, and half of it as the bound."""
+        there_and_back_ms = self.world.now_ms - told.asked_ns
+        middle_ms = self.now_ms - there_and_back_ms / 2
+        bound_ns = (there_and_back_ms * 500_000) + 1_000_000  # the world's grain is a millisecond
+        offset_ns = told.boottime_ns - int(middle_ms * 1_000_000)
+        self.take(ev.ClockMeasured(node, session_id, offset_ns, bound_ns))

@@ -21,6 +21,7 @@ from common import limits, wire
 from tests.sim.machine import GIB, GPU_BYTES, MEMORY_BYTES, Machine
 from tests.sim.sim_engines import EngineModel
 from tests.sim.sim_head import SimHead
+from tests.sim.sim_runs import RunModel
 from tests.sim.sim_store import HolderModel, MoverModel
 from tests.sim.world import World
 
@@ -50,6 +51,7 @@ class SimNode:
         self.mover = MoverModel(self)
         self.holder = HolderModel(self)
         self.engines = EngineModel(self)
+        self.runs = RunModel(self)
         self.is_gone = False  # powered off for good
         self.refused_with = ""
         self.state = State()
@@ -119,6 +121,9 @@ class SimNode:
         self.machine.holdings = {}
         self.machine.is_holder_up = False
         self.machine.engines = {}
+        for process in self.machine.runs.values():
+            if process.is_alive:
+                process.state, process.ended_ms = "died", self.world.now_ms
         self.machine.lease_until_ms = 0
 
     def leave(self, deadline_ms: int) -> None:
@@ -223,7 +228,7 @@ class SimNode:
     def _dial(self) -> None:
         if self.session_id:
             return
-        if not self.heads[0].is_up or self._is_cut():
+        if not self.heads[0].is_up or self.is_cut:
             self.later(self.world.rng.randint(200, 3000), "dial", self._dial)
             return
         old = [head for head in self.heads[1:] if head.is_up]
@@ -295,7 +300,9 @@ class SimNode:
             self.take(ev.SessionClosed(session_id, "closed by the head"))
             self.later(self.world.rng.randint(200, 3000), "dial", self._dial)
 
-    def _is_cut(self) -> bool:
+    @property
+    def is_cut(self) -> bool:
+        """Whether nothing gets through to the head, or back."""
         now = self.world.now_ms
         return now < self.to_head_cut_until_ms or now < self.from_head_cut_until_ms
 
@@ -353,6 +360,8 @@ class SimNode:
                 self._commanded(message)
             case wire.ResultAck():
                 self.take(ev.ResultAcked(message.op_id, message.generation))
+            case wire.ClockAsk():
+                self._send(wire.ClockTold(message.asked_ns, self.boottime_ms * 1_000_000))
             case wire.Refused():
                 self.world.note(f"{self.name} refused: {message.error.code}")
             case _:
@@ -405,6 +414,18 @@ class SimNode:
                 self.engines.signal(effect)
             case ef.ProbeReplica():
                 self.engines.probe(effect)
+            case ef.SpawnRun():
+                self.runs.spawn(effect)
+            case ef.AttachRun():
+                self.runs.attach(effect)
+            case ef.StartRun():
+                self.runs.start(effect)
+            case ef.SignalRun():
+                self.runs.signal(effect)
+            case ef.UploadRun():
+                self.runs.upload(effect)
+            case ef.ForgetRun():
+                self.runs.forget(effect)
             case ef.RunHealthCheck():
                 self.engines.check(effect)
             case ef.NoteLease():

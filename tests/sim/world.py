@@ -51,6 +51,10 @@ class Faults:
     agent_disk_full_ms: int = 10_000  # at most so long
     agent_away_ms: int = 30_000  # at most so long after a crash
     leaving_per_s: float = 0.0  # per node: its time ends, it says so, the machine goes and comes back
+    run_fails: float = 0.0  # per run: it cannot be prepared
+    run_dies: float = 0.0  # per run: its process dies while it sends
+    runs_differ: float = 0.0  # per run: it draws something else than the others
+    judge_fails: float = 0.0  # per point or report: the head's shell cannot make it
     disk_gib: int = 100  # per node
     dram_gib: int = 40
     until_ms: int = 0
