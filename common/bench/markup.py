@@ -23,7 +23,12 @@ def text_of(child: Any) -> str:
         return ""
     if isinstance(child, list | tuple):
         return "".join(text_of(piece) for piece in child)
-    return escape(_plain(str(child)))
+    return escaped(str(child))
+
+
+def escaped(text: str) -> str:
+    """A text as HTML, in an element or an attribute."""
+    return escape(_plain(text))
 
 
 def _plain(text: str) -> str:
@@ -41,7 +46,7 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
             continue
         parts.append(f" {key.rstrip('_').replace('_', '-')}")
         if value is not True:
-            parts.append(f'="{escape(_plain(str(value)))}"')
+            parts.append(f'="{escaped(str(value))}"')
     opened = f"<{name}{''.join(parts)}>"
     return Markup(opened if name in _VOID else f"{opened}{text_of(children)}</{name}>")
 

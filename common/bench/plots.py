@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 
-from common.bench.markup import Markup
+from common.bench.markup import Markup, escaped
 
 UNITS = 10_000
 COLOURS = 8  # classes s0 to s7 in the style sheet
@@ -234,18 +233,18 @@ def draw(chart: Chart) -> Markup:
     named = [line for line in chart.lines if line.name]
     legend = ""
     if chart.has_legend and named:
-        entries = "".join(f'<span class="key {_style(line)}">{escape(line.name)}</span>' for line in named[:24])
+        entries = "".join(f'<span class="key {_style(line)}">{escaped(line.name)}</span>' for line in named[:24])
         more = f"<span>and {len(named) - 24} more</span>" if len(named) > 24 else ""
         legend = f'<span class="legend">{entries}{more}</span>'
-    note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
-    unit = f' <span class="unit">{escape(chart.unit)}</span>' if chart.unit else ""
-    group = f' data-group="{escape(chart.group)}"' if chart.group else ""
+    note = f'<p class="note">{escaped(chart.note)}</p>' if chart.note else ""
+    unit = f' <span class="unit">{escaped(chart.unit)}</span>' if chart.unit else ""
+    group = f' data-group="{escaped(chart.group)}"' if chart.group else ""
     inside = "".join((_grid(chart), _bands(chart), _curves(chart), _marks(chart), _rules(chart)))
     return Markup(
-        f'<figure class="chart"><figcaption><b>{escape(chart.title)}</b>{unit}{legend}</figcaption>'
+        f'<figure class="chart"><figcaption><b>{escaped(chart.title)}</b>{unit}{legend}</figcaption>'
         f'<div class="frame"><svg class="plot" width="100%" height="{chart.height}" role="img"'
-        f' aria-label="{escape(_spoken(chart))}" data-x="{_wire(chart.x)}" data-y="{_wire(chart.y)}"'
-        f' data-x-label="{escape(chart.x.label)}"{group}>{inside}</svg></div>{note}</figure>'
+        f' aria-label="{escaped(_spoken(chart))}" data-x="{_wire(chart.x)}" data-y="{_wire(chart.y)}"'
+        f' data-x-label="{escaped(chart.x.label)}"{group}>{inside}</svg></div>{note}</figure>'
     )
 
 
@@ -269,13 +268,15 @@ def _grid(chart: Chart) -> str:
     for value in chart.y.ticks(max(3, chart.height // 34)):
         share = 1 - chart.y.at(value)
         d += f"M0 {round(_held(share) * UNITS)}h{UNITS}"
-        parts.append(f'<text class="yt" x="-6" y="{_percent(share)}" dy=".32em">{escape(chart.y.format(value))}</text>')
+        parts.append(
+            f'<text class="yt" x="-6" y="{_percent(share)}" dy=".32em">{escaped(chart.y.format(value))}</text>'
+        )
     for value in chart.x.ticks(6):
         share = chart.x.at(value)
         d += f"M{round(_held(share) * UNITS)} 0v{UNITS}"
-        parts.append(f'<text class="xt" x="{_percent(share)}" y="100%" dy="15">{escape(chart.x.format(value))}</text>')
+        parts.append(f'<text class="xt" x="{_percent(share)}" y="100%" dy="15">{escaped(chart.x.format(value))}</text>')
     if chart.x.label:
-        parts.append(f'<text class="xl" x="100%" y="100%" dy="28">{escape(chart.x.label)}</text>')
+        parts.append(f'<text class="xl" x="100%" y="100%" dy="28">{escaped(chart.x.label)}</text>')
     return _stretched(f'<path class="grid" vector-effect="non-scaling-stroke" d="{d}"/>') + "".join(parts)
 
 
@@ -294,7 +295,7 @@ def _bands(chart: Chart) -> str:
             continue
         parts.append(
             f'<rect class="{"bracket" if band.kind == "bracket" else "outside"}" x="{_percent(begin)}"'
-            f' width="{_percent(end - begin)}" height="100%"><title>{escape(band.label)}</title></rect>'
+            f' width="{_percent(end - begin)}" height="100%"><title>{escaped(band.label)}</title></rect>'
         )
     return "".join(parts)
 
@@ -305,7 +306,7 @@ def _curves(chart: Chart) -> str:
         style = _style(line) + (" faint" if line.is_faint else "")
         d = path_of(line.xs, line.ys, chart.x, chart.y)
         if d:
-            name = f' data-name="{escape(line.name)}"' if line.name else ""
+            name = f' data-name="{escaped(line.name)}"' if line.name else ""
             parts.append(f'<path class="{style}" vector-effect="non-scaling-stroke"{name} d="{d}"/>')
     if not parts:
         return '<text class="none" x="50%" y="50%">no samples</text>'
@@ -324,14 +325,14 @@ def _rules(chart: Chart) -> str:
             # Near the right edge the name stands on the left of its line.
             side = ' class="rt end" dx="-4"' if share > 0.72 else ' class="rt" dx="4"'
             parts.append(f'<line class="{style}" x1="{at}" x2="{at}" y2="100%"/>')
-            parts.append(f'<text{side} x="{at}" y="0" dy="11">{escape(rule.label)}</text>')
+            parts.append(f'<text{side} x="{at}" y="0" dy="11">{escaped(rule.label)}</text>')
         else:
             at = _percent(1 - share)
             parts.append(f'<line class="{style}" x2="100%" y1="{at}" y2="{at}"/>')
             # Named above the line, below it when there is no room above.
             parts.append(
                 f'<text class="rt end" x="100%" dx="-3" y="{at}" dy="{13 if share > 0.9 else -4}">'
-                f"{escape(rule.label)}</text>"
+                f"{escaped(rule.label)}</text>"
             )
     return "".join(parts)
 
@@ -345,9 +346,9 @@ def _marks(chart: Chart) -> str:
             at, level = _percent(across), _percent(0.94 - 0.12 * drops)
             side = ' class="ft end" dx="-5"' if across > 0.7 else ' class="ft" dx="5"'
             parts.append(f'<line class="drop" x1="{at}" x2="{at}" y1="{_percent(down)}" y2="100%"/>')
-            parts.append(f'<text{side} x="{at}" y="{level}">{escape(mark.label)}</text>')
+            parts.append(f'<text{side} x="{at}" y="{level}">{escaped(mark.label)}</text>')
             drops += 1
         style = f"{'ring' if mark.kind == 'ring' else 'dot'} s{mark.colour % COLOURS}"
         place = f'cx="{_percent(across)}" cy="{_percent(down)}"'
-        parts.append(f'<circle class="{style}" {place} r="3.5"><title>{escape(mark.label)}</title></circle>')
+        parts.append(f'<circle class="{style}" {place} r="3.5"><title>{escaped(mark.label)}</title></circle>')
     return "".join(parts)

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from common.bench import report as report_of
-from common.bench.metrics import MS, NS, Limit
+from common.bench.metrics import MS, Limit
 from common.bench.outcome import Asked, Outcome
 from common.bench.records import COLUMNS, GRID_NS, OUTCOME, Records
 from common.bench.schedule import Flat, draw
