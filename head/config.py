@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import ssl
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from common.config import default_state_dir, load_config
 from common.errors import InvalidConfig
 
 PREFIX = "HERDER_HEAD"
+_PUBLIC_URL = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(?::[0-9]{1,5})?/?")
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 
 
@@ -76,6 +78,7 @@ class HeadConfig(Group, frozen=True):
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=0, le=65_535)] = 8470
+    public_url: str = ""  # where nodes and people reach the head, as https://head.example:8470; empty: host and port
     state_dir: str = ""  # empty: systemd's StateDirectory, /var/lib/herder/head for root, else XDG
     allow_network_fs: bool = False  # SQLite's locks cannot be trusted there; two heads could run
     tls: TlsConfig = TlsConfig()
@@ -117,6 +120,13 @@ class HeadConfig(Group, frozen=True):
             return False
 
     @property
+    def reachable_url(self) -> str:
+        """Where the nodes reach the head; empty where that is not known, as with host 0.0.0.0 alone."""
+        if self.public_url:
+            return self.public_url.rstrip("/")
+        return "" if self.host in ("0.0.0.0", "::") or not self.port else self.url
+
+    @property
     def url(self) -> str:
         """Where a program on this machine reaches the head."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
@@ -145,6 +155,10 @@ def check(config: HeadConfig) -> None:
         raise InvalidConfig("tls.client_ca needs tls.cert and tls.key")
     if not config.host:
         raise InvalidConfig("host is empty", hint="127.0.0.1 for this machine only, 0.0.0.0 for all addresses")
+    if config.public_url and not _PUBLIC_URL.fullmatch(config.public_url):
+        raise InvalidConfig(
+            "public_url is an address such as https://head.example:8470", hint="without a path, a query or credentials"
+        )
     if config.recipes_dir and not Path(config.recipes_dir).is_dir():
         raise InvalidConfig(f"recipes_dir: {config.recipes_dir} is not a folder")
     calibration = Path(config.planner.calibration)

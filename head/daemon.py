@@ -178,6 +178,7 @@ class Daemon:
                 recipes,
                 drain_ms,
                 benchmark_recipes=benchmark_recipes,
+                gateway_url=settings.reachable_url if gateway.enabled else "",
                 version=version(),
             )
         )

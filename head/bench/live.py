@@ -126,6 +126,10 @@ class Live:
             if not readers:
                 del self._readers[reader.benchmark]
 
+    def watched(self, benchmark: str) -> int:
+        """How many watch a benchmark."""
+        return len(self._readers.get(benchmark, ()))
+
     def sweep(self) -> None:
         """Forgets benchmarks that have ended, after their last seconds were told; called about once a second."""
         for benchmark in [*self._points]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from common import limits
-from common.errors import ErrorInfo, HerderError, Internal
+from common.errors import DiskFull, ErrorInfo, HerderError, Internal
 from common.tasks import Supervisor
 from common.telemetry import fields
 from head.api import render_benchmarks
@@ -28,6 +27,7 @@ from head.core import benchmark_facts
 from head.core.effects import JudgePoint, MeasureClock, RemoveBenchmark, WriteBenchmark
 from head.core.events import BenchmarkWritten, PointJudged
 from head.core.objects import Benchmark, Part, Point, point_key
+from head.logs_collect import collect
 
 if TYPE_CHECKING:
     from head.driver import BenchEffect, Driver
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 LOGS_AT_ONCE = 8
 LOG_S = 120.0
+CLOCKS_APART_MS = 60_000  # a node's wall clock may be so far behind, and its lines are of the benchmark still
 SWEEP_S = 1.0
 
 
@@ -182,38 +183,37 @@ class Performer:
         await self.judges.ask(Write(str(folder), plain), list[str])
 
     async def _collect_logs(self, benchmark: Benchmark) -> None:
-        """The logs of the service's engines, each as far as it can be had; what went wrong stands at its end."""
+        """The logs of the service's engines of its time; of one that cannot be had, why. Raises: DiskFull."""
         gate = asyncio.Semaphore(LOGS_AT_ONCE)
+        state = self._driver.state
 
-        async def one(replica: str) -> None:
+        async def one(replica: str, node: str) -> None:
+            path = self.store.log(benchmark.id, replica)
             async with gate:
-                text = await self._log_of(replica)
-                await asyncio.to_thread(self.store.write, self.store.log(benchmark.id, replica), text)
+                try:
+                    await collect(
+                        self._sessions.logs,
+                        node,
+                        f"replica:{replica}",
+                        since_ms=max(0, (benchmark.started_ms or benchmark.created_ms) - CLOCKS_APART_MS),
+                        until_ms=0,
+                        path=path,
+                        max_bytes=limits.LOG_BYTES_PER_REPLICA,
+                        timeout_s=LOG_S,
+                    )
+                except DiskFull:
+                    raise
+                except HerderError as error:
+                    note = f"[herder: the log could not be had: {error.message}]\n".encode()
+                    await asyncio.to_thread(self.store.write, path, note)
 
-        async with asyncio.TaskGroup() as group:
-            for replica in sorted(self._driver.state.replicas_by_service.get(benchmark.service, ())):
-                group.create_task(one(replica), name=f"log of {replica}")
-
-    async def _log_of(self, replica: str) -> bytes:
-        found: list[bytes] = []
-        size = 0
-        try:
-            async with (
-                asyncio.timeout(LOG_S),
-                aclosing(  # type: ignore[type-var]
-                    self._sessions.open_log(replica, tail=limits.LOG_TAIL_LINES)
-                ) as chunks,
-            ):
-                async for chunk in chunks:
-                    found.append(chunk.data.encode())
-                    size += len(found[-1])
-                    if size > limits.LOG_BYTES_PER_REPLICA:
-                        break
-        except HerderError as error:
-            found.append(f"\n[herder: the log ends here: {error.message}]\n".encode())
-        except TimeoutError:
-            found.append(f"\n[herder: the log ends here: more did not come within {LOG_S:g} s]\n".encode())
-        return b"".join(found)
+        keys = sorted(state.replicas_by_service.get(benchmark.service, ()))
+        results = await asyncio.gather(
+            *(one(key, state.replicas[key].node) for key in keys if key in state.replicas), return_exceptions=True
+        )
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     # removing
 
