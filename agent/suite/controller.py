@@ -23,6 +23,7 @@ START_S = 180.0
 LOST_AFTER_S = 20.0
 MARGIN_S = 60.0
 POLL_S = 1.0
+TOKEN_S = 15.0
 
 
 class BaseWorkloadController:
@@ -41,6 +42,7 @@ class BaseWorkloadController:
         self.token: str | None = self._found_token()
         self.lost: dict[str, str] = {}
         """Clients that are given up, with the reason."""
+        self._token_until = 0.0
         self._started: dict[str, float] = {}
         self._seen: dict[str, dict[str, Any]] = {}
 
@@ -64,6 +66,7 @@ class BaseWorkloadController:
     def verify_client_health(self) -> bool:
         """Whether all executors answer in time, for this service, and take the token."""
         deadline = time.monotonic() + self.health_timeout
+        self._token_until = time.monotonic() + TOKEN_S
 
         def until(node: str) -> str:
             while True:
@@ -84,11 +87,15 @@ class BaseWorkloadController:
             other = found.get("service")
             if self.service and other and other != self.service:
                 return f"its executor is for {other}, not {self.service}", True
+            # An executor that has just begun has just made the token, in a folder that may come over the network.
+            self.token = self.token or self._found_token()
             status, _ = ask("GET", self.url(node, "/metrics"), token=self.token, timeout_s=5.0)
         except OSError as error:
             return f"{reason(error)} at port {self.port}; executors listen on loopback unless --host says more", False
         if status == 401:
-            return f"the executor's token is missing or wrong: copy its file to {tokens.path_of()}", True
+            is_wrong = self.token is not None
+            said = f"the executor's token is {'wrong' if is_wrong else 'missing'}: copy its file to {tokens.path_of()}"
+            return said, is_wrong or time.monotonic() > self._token_until
         return "", False
 
     def start_workload(

@@ -169,9 +169,18 @@ HERDER_RECIPE
 echo "results: $OUT"
 
 STEPS=()
+living() {{
+  for step in "${{STEPS[@]}}"; do if kill -0 "$step" 2>/dev/null; then return 0; fi; done
+  return 1
+}}
 ends() {{
-  local code=$?
+  local code=$? began=$SECONDS job
   trap - EXIT INT TERM
+  # srun would kill at once; a signal through Slurm lets monitors and executors end with their files complete.
+  for job in "${{SLURM_JOB_ID_HET_GROUP_0:-}}" "${{SLURM_JOB_ID_HET_GROUP_1:-}}" "${{SLURM_JOB_ID_HET_GROUP_2:-}}"; do
+    if [ -n "$job" ]; then scancel --quiet --signal=TERM "$job" 2>/dev/null || true; fi
+  done
+  while living && [ $((SECONDS - began)) -lt 15 ]; do sleep 0.2; done
   for step in "${{STEPS[@]}}"; do kill -TERM "$step" 2>/dev/null || true; done
   for step in "${{STEPS[@]}}"; do wait "$step" 2>/dev/null || true; done
   exit "$code"
@@ -381,7 +390,7 @@ def _monitors(recipe: Recipe, choices: Choices, port: int) -> str:
             engine = f' --engine "http://127.0.0.1:{port}" --engine-save "$OUT/monitoring/{group}_$node.engine.csv"'
         lines += [
             f'for node in "${{{nodes}[@]}}"; do',
-            f'  step {number} "$node" monitor "${{HERDER_RUN[@]}}" monitor {words} '
+            f'  step {number} "$node" monitor "${{HERDER_RUN[@]}}" monitor --quiet {words} '
             f'--save "$OUT/monitoring/{group}_$node.csv"{engine}',
             "done",
         ]
