@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-Framing = Literal["sse", "lines", "body"]
+Framing = Literal["sse", "lines", "body", "rows"]
 NOTHING, OUTPUT, REASONING = range(3)
 MAX_ERROR = 300
 
@@ -192,6 +192,17 @@ def read_vectors(body: bytes, answer: Answer) -> int:
     return OUTPUT
 
 
+def read_points(body: bytes, answer: Answer) -> int:
+    """What Qdrant found; nothing at all is an error."""
+    value = _loose(body)
+    _keep_error(value, answer)
+    answer.is_finished = True
+    result = value.get("result")
+    if answer.error is None and not (isinstance(result, dict) and result.get("points")):
+        answer.error = "no points"
+    return OUTPUT
+
+
 def read_anything(body: bytes, answer: Answer) -> int:
     """Whatever plain HTTP answers is good."""
     answer.is_finished = True
@@ -231,5 +242,7 @@ APIS: dict[str, Api] = {
         Api("speech", "/v1/audio/speech", "/audio/speech", "body", _no_events, read_anything, False),
         Api("ollama", "/api/chat", "/api/chat", "lines", read_ollama_event, read_ollama_event, True, needs_finish=True),
         Api("http", "/", "", "body", _no_events, read_anything, False),
+        Api("qdrant", "/points/query", "/points/query", "body", _no_events, read_points, False),
+        Api("pgvector", "/", "", "rows", _no_events, read_anything, False),
     )
 }  # fmt: skip

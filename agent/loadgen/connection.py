@@ -18,6 +18,7 @@ from agent.loadgen.apis import Answer, Api
 from agent.loadgen.clocks import SO_TIMESTAMPNS, Stamps
 from agent.loadgen.clocks import unpack as _unpack
 from agent.loadgen.http1 import AnswerReader, ProtocolError
+from agent.loadgen.login import Login
 from agent.loadgen.sse import EventReader, LineReader, TooLong
 from agent.loadgen.workload import Item
 
@@ -84,6 +85,8 @@ class Endpoint:
     tls: ssl.SSLContext | None = None
     opening: bytes = b""
     """The first lines of a request to it."""
+    login: Login | None = None
+    """Of PostgreSQL."""
 
 
 class Owner(Protocol):
@@ -112,6 +115,7 @@ class Connection:
     __slots__ = (
         "_bios",
         "_is_connecting",
+        "_is_shaking",
         "_out",
         "_tls",
         "began",
@@ -133,7 +137,7 @@ class Connection:
         self.is_open = False
         self.took = 0
         self._out: memoryview | None = None
-        self._is_connecting = True
+        self._is_connecting = self._is_shaking = True
         self._bios = (ssl.MemoryBIO(), ssl.MemoryBIO())
         self._tls = None if there.tls is None else there.tls.wrap_bio(*self._bios, server_hostname=there.host)
         self.sock = socket.socket(there.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
@@ -188,6 +192,10 @@ class Connection:
             return
         self._is_connecting = False
         self.owner.epoll.modify(self.fd, _IN)
+        self._greet()
+
+    def _greet(self) -> None:
+        """The socket is connected."""
         if self._tls is None:
             self._open()
         else:
@@ -210,6 +218,7 @@ class Connection:
             return
         self._flush_tls()
         if self.sock.fileno() >= 0:
+            self._is_shaking = False
             self._open()
 
     def _write(self, view: memoryview) -> None:
@@ -264,7 +273,7 @@ class Connection:
             self._bios[0].write(data)
         else:
             self._bios[0].write_eof()
-        if not self.is_open:
+        if self._is_shaking:
             if data:
                 self._handshake()
             else:

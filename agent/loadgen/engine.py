@@ -18,6 +18,7 @@ from agent.loadgen.apis import Api
 from agent.loadgen.clocks import Stamps, Timer
 from agent.loadgen.connection import _OWN_LIMITS, Call, Connection, Endpoint
 from agent.loadgen.judge import Untold, row_of
+from agent.loadgen.postgres import PgConnection
 from agent.loadgen.spread import Choose, only
 from agent.loadgen.workload import Item
 from common.bench.histogram import Histogram, bucket_of
@@ -334,7 +335,8 @@ class Engine:
         connection.send(call, b"".join((opening, memoryview(wire)[self._cut :])) if opening else wire)
 
     def _connect(self, endpoint: int) -> Connection:
-        connection = Connection(self, self.share.endpoints[endpoint], endpoint)
+        there = self.share.endpoints[endpoint]
+        connection = (PgConnection if there.login is not None else Connection)(self, there, endpoint)
         self._by_fd[connection.fd] = connection
         self.records.count("connections")
         return connection

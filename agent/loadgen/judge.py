@@ -131,7 +131,7 @@ def _verdict(engine: Engine, call: Call, status: int, came: bool) -> tuple[str, 
     if not 200 <= status < 300:
         return {4: "http_4xx", 5: "http_5xx"}.get(status // 100, "http_other"), f"{status} {said}".strip()
     if call.answer.error is not None:
-        return "stream_error", said
+        return "query_error" if engine.api.framing == "rows" else "stream_error", said
     if call.events is not None and engine.api.needs_finish and not call.answer.is_finished:
         return "truncated", "the stream ended without its last event"
     if engine.api.makes_tokens and not came:

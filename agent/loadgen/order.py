@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from agent.loadgen import datasets, traces
+from agent.loadgen import datasets, traces, vectors
 from agent.loadgen.apis import Api
 from agent.loadgen.connection import Endpoint
 from agent.loadgen.engine import NS, Limits, Share, Tick
 from agent.loadgen.run import run
 from agent.loadgen.server_tokens import ServerWords, is_server, server_of
 from agent.loadgen.spread import SPREADS, chooser
-from agent.loadgen.target import Target, parse_url
+from agent.loadgen.target import Target, parse_postgres, parse_url
+from agent.loadgen.vector_store import filled
 from agent.loadgen.words import Tokenizer, Words
 from agent.loadgen.workload import Style, Workload, api_for, prepare
 from common.bench import report, scenario, schedule, spec
@@ -42,6 +43,8 @@ class Aim:
     """Each as `Name: value`; sent to all of them."""
     ca_file: str | None = None
     is_unverified: bool = False
+    password_file: str | None = None
+    """Of PostgreSQL's user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +90,15 @@ def order_of(asked_for: LoadSpec, aim: Aim, *, part: int = 0, parts: int = 1) ->
     spec.check(asked_for)
     trace = traces.read(Path(asked_for.trace)) if asked_for.trace else None
     texts = asked_for.scenarios or (("dataset",) if asked_for.dataset else ("D(100,50)",))
-    plain = asked_for.api == "http" or trace is not None
+    is_search = asked_for.api in spec.VECTOR_APIS
+    plain = asked_for.api == "http" or trace is not None or is_search
     scenarios = [scenario.parse(text) for text in texts] if not plain or asked_for.scenarios else []
-    api = api_for(scenarios, asked_for.api)
-    if not asked_for.model and api.name != "http":
+    api = vectors.api_of(asked_for) if is_search else api_for(scenarios, asked_for.api)
+    if not asked_for.model and api.name != "http" and not is_search:
         raise ValueError("model is missing")
-    targets = _targets(aim, api, asked_for.path)
+    targets = _targets(aim, api, asked_for)
+    if asked_for.points and (parts > 1 or len(targets) > 1):
+        raise ValueError("points are put in for one load node and one URL; fill the collection beforehand")
     drawn: Schedule | None = None
     if trace is not None:
         drawn = spec.trace_schedule(asked_for, [arrival.at_s for arrival in trace.arrivals], trace.format)
@@ -105,16 +111,14 @@ def order_of(asked_for: LoadSpec, aim: Aim, *, part: int = 0, parts: int = 1) ->
     if asked_for.tokenizer and not is_server(asked_for.tokenizer):
         tokenizer = Tokenizer(Path(asked_for.tokenizer))
     words = _words(asked_for, api, targets[0], lines, tokenizer)
-    workload = prepare(
-        scenarios,
-        style,
-        targets[0],
-        words,
-        count=len(drawn.times_ns) if drawn is not None else asked_for.requests or CLOSED_PREPARED,
-        seed=asked_for.seed,
-        dataset=dataset,
-        trace=trace.arrivals if trace is not None else None,
-    )
+    count = len(drawn.times_ns) if drawn is not None else asked_for.requests or CLOSED_PREPARED
+    if is_search:
+        workload = vectors.prepare(asked_for, targets[0], count)
+    else:
+        rows = trace.arrivals if trace is not None else None
+        workload = prepare(
+            scenarios, style, targets[0], words, count=count, seed=asked_for.seed, dataset=dataset, trace=rows
+        )
     checked = words.check() if isinstance(words, ServerWords) else None
     asked = Asked(
         _plan(asked_for, drawn, targets, api.name, [made.text for made in scenarios], workload, trace, dataset)
@@ -151,16 +155,21 @@ def _words(asked_for: LoadSpec, api: Api, target: Target, lines: Sequence[str], 
     return Words(lines, tokenizer)
 
 
-def _targets(aim: Aim, api: Api, path: str | None) -> tuple[Target, ...]:
+def _targets(aim: Aim, api: Api, asked_for: LoadSpec) -> tuple[Target, ...]:
     if aim.spread not in SPREADS:
         raise ValueError(f"spread {aim.spread!r}: one of {', '.join(SPREADS)}")
     if not 1 <= len(aim.urls) <= MAX_ENDPOINTS:
         raise ValueError(f"give 1 to {MAX_ENDPOINTS} URLs")
-    headers = [_header(text) for text in aim.headers]
-    targets = [
-        parse_url(url, api, path=path, headers=headers, is_unverified=aim.is_unverified, ca_file=aim.ca_file)
-        for url in aim.urls
-    ]
+    safety: dict[str, Any] = {"is_unverified": aim.is_unverified, "ca_file": aim.ca_file}
+    if api.framing == "rows":
+        statement, settings = vectors.statement_of(asked_for), vectors.settings_of(asked_for)
+        targets = [
+            parse_postgres(url, statement=statement, settings=settings, password_file=aim.password_file, **safety)
+            for url in aim.urls
+        ]
+    else:
+        headers = [_header(text) for text in aim.headers]
+        targets = [parse_url(url, api, path=asked_for.path, headers=headers, **safety) for url in aim.urls]
     if len({target.url for target in targets}) < len(targets):
         raise ValueError("a URL is named twice")
     return tuple(targets)
@@ -215,6 +224,9 @@ def _plan(
         "first_timeout", "speed",
     )  # fmt: skip
     plan: dict[str, Any] = {name: value for name in names if (value := getattr(asked_for, name)) is not None}
+    if asked_for.api in spec.VECTOR_APIS:
+        own = ("collection", "vector_dim", "vectors", "top_k", "distance", "points", "vector_index")
+        plan |= {name: getattr(asked_for, name) for name in own}
     if plan.get("burstiness") == schedule.EVEN:
         plan["burstiness"] = "inf"
     if drawn is None:
@@ -249,7 +261,8 @@ def shares_of(order: Order) -> list[Share]:
     everywhere = asked_for.workers * order.parts
     method = order.style.method if order.style.api.name == "http" else "POST"
     endpoints = [
-        Endpoint(*target.resolve(), target.host, target.tls(), target.opening(method)) for target in order.targets
+        Endpoint(*target.resolve(), target.host, target.tls(), target.opening(method), target.login)
+        for target in order.targets
     ]
     until_ns = None if asked.until_s is None else int(asked.until_s * NS)
     window = (int(asked.warmup_s * NS), None if until_ns is None else until_ns - int(asked.cooldown_s * NS))
@@ -296,7 +309,8 @@ def perform(
     on_tick: Callable[[int, Tick], None] | None = None,
     on_start: Callable[[], None] | None = None,
 ) -> tuple[Report, Outcome]:
-    """Runs it and reports. The caller's process has one thread."""
+    """Runs it and reports. The caller's process has one thread. Raises: ValueError where points cannot be stored."""
     count = order.tokenizer.count if order.tokenizer is not None else None
-    outcome = run(shares_of(order), count_tokens=count, on_tick=on_tick, on_start=on_start)
+    with filled(order.spec, order.targets[0]):
+        outcome = run(shares_of(order), count_tokens=count, on_tick=on_tick, on_start=on_start)
     return report.build(order.asked, outcome), outcome

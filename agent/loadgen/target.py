@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from pathlib import Path
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from agent.loadgen.apis import Api
+from agent.loadgen.login import Login
 
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _OWN = ("host", "content-length", "transfer-encoding", "connection", "accept-encoding")
@@ -26,6 +29,8 @@ class Target:
     headers: tuple[tuple[str, str], ...] = ()
     is_unverified: bool = False
     ca_file: str | None = None
+    login: Login | None = None
+    """Of PostgreSQL; None for HTTP."""
 
     def resolve(self) -> tuple[int, tuple[str, int]]:
         """(family, address), asked of the resolver once: no name is looked up during the run. Raises: OSError."""
@@ -38,7 +43,8 @@ class Target:
         if not self.is_tls:
             return None
         context = ssl.create_default_context(cafile=self.ca_file)
-        context.set_alpn_protocols(["http/1.1"])
+        if self.login is None:
+            context.set_alpn_protocols(["http/1.1"])
         if self.is_unverified:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
@@ -48,6 +54,8 @@ class Target:
     def root(self) -> str:
         """The URL without its path."""
         name = f"[{self.host}]" if ":" in self.host else self.host
+        if self.login is not None:
+            return f"postgresql://{self.login.user}@{name}:{self.port}"
         return f"{'https' if self.is_tls else 'http'}://{name}:{self.port}"
 
     @property
@@ -113,6 +121,61 @@ def parse_url(
     return Target(
         parts.hostname, port or (443 if is_tls else 80), is_tls, found, tuple(headers), is_unverified, ca_file
     )
+
+
+def parse_postgres(
+    url: str,
+    *,
+    statement: str,
+    settings: tuple[tuple[str, str], ...] = (),
+    password_file: str | None = None,
+    is_unverified: bool = False,
+    ca_file: str | None = None,
+) -> Target:
+    """The target of `postgresql://user@host:port/database?sslmode=require`. Raises: ValueError; OSError.
+
+    The password is that of the file, else the line of PGPASSFILE or ~/.pgpass that fits; a URL must not hold one.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port or 5432
+    except ValueError:
+        raise ValueError("this is not a URL") from None
+    if parts.scheme not in ("postgresql", "postgres") or not parts.hostname or not parts.username:
+        raise ValueError("pgvector is asked at postgresql://USER@HOST:PORT/DATABASE")
+    if parts.password is not None:
+        raise ValueError("a URL with a password in it; use --password-file or PGPASSFILE")
+    options = dict(parse_qsl(parts.query))
+    mode = options.pop("sslmode", "disable")
+    if mode not in ("disable", "require", "verify-full") or options:
+        raise ValueError("a URL of PostgreSQL may have sslmode=disable, require or verify-full, and nothing else")
+    user, database = unquote(parts.username), unquote(parts.path.strip("/")) or unquote(parts.username)
+    if not (user + database).isprintable():
+        raise ValueError("a user or database that cannot be")
+    if password_file is not None:
+        password: str | None = Path(password_file).read_text(encoding="utf-8").rstrip("\r\n")
+    else:
+        password = _password_of((parts.hostname, str(port), database, user))
+    login = Login(user, database, password, settings, statement)
+    return Target(parts.hostname, port, mode != "disable", f"/{database}", (), is_unverified, ca_file, login)
+
+
+def _password_of(wanted: tuple[str, str, str, str]) -> str | None:
+    """The password of the first line that fits, as libpq finds it; a file that others can read is not used."""
+    named = os.environ.get("PGPASSFILE")
+    path = Path(named) if named else Path.home() / ".pgpass"
+    try:
+        if path.stat().st_mode & 0o077:
+            return None
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    for line in lines:
+        fields = [re.sub(r"\\(.)", r"\1", part) for part in re.findall(r"(?:\\.|[^:\\])+", line)]
+        is_meant = all(field in ("*", want) for field, want in zip(fields, wanted, strict=False))
+        if len(fields) == 5 and not line.startswith("#") and is_meant:
+            return fields[4]
+    return None
 
 
 def _path_of(path: str, api: Api) -> str:

@@ -59,6 +59,7 @@ OUTCOMES = (
     "reset",  # the connection ended before the answer did
     "protocol",
     "cancelled",
+    "query_error",  # a database refused the query, or found nothing
 )
 OUTCOME = {name: number for number, name in enumerate(OUTCOMES)}
 SOURCES = ("server", "tokenizer", "chunks", "none")

@@ -24,11 +24,21 @@ APIS = (
     "speech",
     "ollama",
     "http",
+    "qdrant",
+    "pgvector",
 )
+VECTOR_APIS = ("qdrant", "pgvector")
+DISTANCES = ("cosine", "l2", "dot")
+MAX_DIM = 65_536
+MAX_POINTS = 10_000_000
 ARRIVALS = ("poisson", "constant", "gamma", "burst", "ramp", "steps", "spike", "sine", "trace", "offline")
 MAX_WORKERS = 256
 MAX_SLOTS = 100_000
 SLO_METRICS = ("ttft", "tpot", "e2e")
+_COLLECTION = {
+    "qdrant": re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}"),
+    "pgvector": re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}(?:\.[A-Za-z_][A-Za-z0-9_]{0,62})?"),
+}
 _STEP = re.compile(r"(\d+(?:\.\d+)?)x(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 
@@ -87,6 +97,17 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     method: str = "POST"
     body: str | None = None
     """Plain HTTP: a file."""
+    collection: str = ""
+    """Vector search: Qdrant's collection, or a table of PostgreSQL."""
+    vector_dim: int = 0
+    vectors: str | None = None
+    """A file of query vectors, JSON lines; None: drawn."""
+    vector_column: str = "embedding"
+    top_k: int = 10
+    distance: str = "cosine"
+    points: int = 0
+    """Vector search: the collection is made with so many points before the run, and removed after it."""
+    vector_index: str = "hnsw"
     slos: tuple[str, ...] = ()
     """METRIC:MILLISECONDS."""
     seed: int = 0
@@ -158,6 +179,7 @@ def check(spec: LoadSpec) -> None:
         raise ValueError("more workers than in_flight")
     if spec.concurrency is not None and spec.workers > spec.concurrency:
         raise ValueError("more workers than concurrency")
+    _check_vectors(spec)
     if spec.live_replies and (spec.turns < 2 or spec.parameters.get("n", 1) != 1):
         raise ValueError("live_replies is for conversations: turns of 2 or more, and one answer to each (n)")
     if not re.fullmatch(r"[A-Z]{1,20}", spec.method) or spec.method in ("HEAD", "CONNECT"):
@@ -167,6 +189,31 @@ def check(spec: LoadSpec) -> None:
     limits_of(spec)
     if spec.is_open and spec.trace is None:
         schedule_of(spec)
+
+
+def _check_vectors(spec: LoadSpec) -> None:
+    if spec.api not in VECTOR_APIS:
+        own = ("collection", "vector_dim", "vectors", "points")
+        if named := next((name for name in own if getattr(spec, name)), None):
+            raise ValueError(f"{named} is for the APIs {' and '.join(VECTOR_APIS)}")
+        return
+    names = ("scenarios", "dataset", "trace", "tokenizer", "prefix_tokens", "live_replies", "body", "path")
+    if named := next((name for name in names if getattr(spec, name)), None):
+        raise ValueError(f"{named} has no meaning for vector search")
+    if spec.turns != 1 or spec.batch != 1:
+        raise ValueError("a vector search asks one thing at a time: no turns, no batch")
+    if not _COLLECTION[spec.api].fullmatch(spec.collection):
+        raise ValueError(f"collection {spec.collection!r} is not a name; a vector search needs one")
+    if not _COLLECTION["pgvector"].fullmatch(spec.vector_column) or "." in spec.vector_column:
+        raise ValueError(f"vector_column {spec.vector_column!r} is not a name")
+    if not (1 <= spec.vector_dim <= MAX_DIM or (spec.vectors and not spec.vector_dim)):
+        raise ValueError(f"vector_dim is 1 to {MAX_DIM:,}, the numbers of each vector")
+    if not 1 <= spec.top_k <= 10_000 or not 0 <= spec.points <= MAX_POINTS:
+        raise ValueError(f"top_k is 1 to 10,000, points at most {MAX_POINTS:,}")
+    if spec.distance not in DISTANCES or spec.vector_index not in ("hnsw", "none"):
+        raise ValueError(f"distance is one of {', '.join(DISTANCES)}; vector_index hnsw or none")
+    if spec.points and not spec.vector_dim:
+        raise ValueError("points are drawn: say their vector_dim")
 
 
 def _check_offline(spec: LoadSpec) -> None:

@@ -19,8 +19,10 @@ EXAMPLES = (
     "herder bench localhost:8000 --model llama --arrivals ramp --rate 1 --peak 50 --duration 5m",
     "herder bench localhost:8000 --model llama --trace mooncake.jsonl --speed 2",
     "herder bench localhost:80 --api embeddings --model m --scenario 'E(512)' --rate 50 --requests 99",
+    "herder bench localhost:6333 --api qdrant --collection c --vector-dim 768 --rate 99 --duration 9s",
     "herder bench localhost:9000/health --api http --method GET --rate 1000 --duration 9s",
 )
+DISTANCES = ("cosine", "l2", "dot")
 SPREADS = ("round-robin", "random", "all-to-all", "static")
 ARRIVALS = ("poisson", "constant", "gamma", "burst", "ramp", "steps", "spike", "sine", "trace", "offline")
 
@@ -29,7 +31,9 @@ ARRIVALS = ("poisson", "constant", "gamma", "burst", "ramp", "steps", "spike", "
 @click.argument("targets", nargs=-1, required=True, metavar="URL...")
 @click.option("--spread", default="round-robin", type=click.Choice(SPREADS), help="How requests go to several URLs.")
 @click.option("--model", default="", help="The model's name in requests.")
-@click.option("--api", help="chat, completions, embeddings, rerank, speech, ollama or http; else what scenarios need.")
+@click.option(
+    "--api", help="chat, completions, embeddings, rerank, speech, ollama, http, qdrant, pgvector; else what sizes need."
+)
 @click.option("--rate", type=float, help="Open loop: requests per second, sent whatever came back.")
 @click.option("--arrivals", type=click.Choice(ARRIVALS), default="poisson", help="Open loop: how arrivals are spread.")
 @click.option("--burstiness", type=float, help="Shape of the gaps: 1 Poisson, below 1 clumps, inf equal gaps.")
@@ -66,6 +70,15 @@ ARRIVALS = ("poisson", "constant", "gamma", "burst", "ramp", "steps", "spike", "
 @click.option("--path", help="Another path than the API's.")
 @click.option("--method", default="POST", help="Plain HTTP: the method.")
 @click.option("--body", type=click.Path(), help="Plain HTTP: a file with the body.")
+@click.option("--collection", default="", help="Vector search: the collection, or the table of PostgreSQL.")
+@click.option("--vector-dim", type=int, default=0, help="Vector search: numbers of each vector.")
+@click.option("--vectors", type=click.Path(), help="Vector search: queries of a file, JSON lines; else they are drawn.")
+@click.option("--vector-column", default="embedding", help="pgvector: the column.")
+@click.option("--top-k", type=int, default=10, help="Vector search: how many are to be found.")
+@click.option("--distance", type=click.Choice(DISTANCES), default="cosine", help="Vector search: how it is measured.")
+@click.option("--points", type=int, default=0, help="Vector search: make the collection with so many, remove it after.")
+@click.option("--vector-index", type=click.Choice(("hnsw", "none")), default="hnsw", help="pgvector: with --points.")
+@click.option("--password-file", type=click.Path(), help="pgvector: a file with the password; else PGPASSFILE.")
 @click.option("--slo", "slos", multiple=True, metavar="METRIC:MS", help="A limit for goodput: ttft, tpot or e2e.")
 @click.option("--seed", type=int, default=0, help="Of arrivals, sizes and texts.")
 @click.option("--workers", type=int, default=1, help="Processes that share the load.")
@@ -95,13 +108,24 @@ def command(options: Globals, /, **given: Any) -> int:
     fields = {name: given[name] for name in LoadSpec.__struct_fields__}
     fields["parameters"] = dict(given["parameters"])
     try:
-        aim = Aim(given["targets"], given["spread"], headers, options.ca_file, is_unverified=given["insecure"])
+        aim = Aim(
+            given["targets"],
+            given["spread"],
+            headers,
+            options.ca_file,
+            is_unverified=given["insecure"],
+            password_file=given["password_file"],
+        )
         order: Order = order_of(LoadSpec(**fields), aim)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     live = Live(options, order)
-    report, outcome = perform(order, on_tick=live.take, on_start=live.begin)
-    live.end()
+    try:
+        report, outcome = perform(order, on_tick=live.take, on_start=live.begin)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    finally:
+        live.end()
     said = _save(given, report, outcome) if given["save"] else ""
     value: Any = report
     if given["detail"]:

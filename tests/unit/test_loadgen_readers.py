@@ -159,7 +159,7 @@ def test_noise_never_breaks_the_readers(noise: bytes) -> None:
     EventReader().feed(noise)
     LineReader().feed(noise)
     for api in APIS.values():
-        if api.framing != "body":
+        if api.framing in ("sse", "lines"):
             assert api.read_event(noise, Answer([])) in (NOTHING, OUTPUT, REASONING)
         assert api.read_body(noise, Answer([])) in (NOTHING, OUTPUT, REASONING)
 
