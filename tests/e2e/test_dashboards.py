@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def queries() -> list[tuple[str, str]]:
     return [
         (
             f"{path.stem}: {panel['title']}",
-            target["expr"].replace("$__rate_interval", "10s").replace("$node", ".*").replace("$service", ".*"),
+            re.sub(r"\$(node|service|benchmark)", ".*", target["expr"].replace("$__rate_interval", "10s")),
         )
         for path in DASHBOARDS
         for panel in panels(path)
@@ -63,7 +64,11 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             cluster.chat("tiny")
             with stream_of(cluster.head.url, "tiny", 3, token=cluster.head.token()) as pieces:
                 assert list(pieces)
+        document = {"name": "watched", "server": {"service": "tiny"}, "load": {"rate": 5, "duration": 90}}
+        made = cluster.client.create_benchmark(document=document)
+        until(lambda: cluster.client.benchmark(made.id).points[0].status == "running", "a benchmark under way")
         yield found
+        cluster.client.cancel_benchmark(made.id)
 
 
 @prometheus_run.NEEDED
@@ -83,7 +88,7 @@ def test_dashboards_are_those_of_their_definitions() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert {path.stem for path in DASHBOARDS} >= {"cluster", "nodes", "services"}
+    assert {path.stem for path in DASHBOARDS} >= {"benchmarks", "cluster", "nodes", "services"}
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
