@@ -83,13 +83,13 @@ class LogBroker:
     async def open_lines(self, node: str, request: LogRequest, *, wait_s: float = 0.0) -> AsyncIterator[LogChunk]:
         """What `request` (its id is given here) asks of a node, as chunks of lines, to the one with `is_last`.
 
-        wait_s: how long a node that goes away meanwhile is waited for. Raises: NodeUnreachable, TooMany, TimedOut, and
-        what the agent says.
+        wait_s: how long a node is waited for that goes away meanwhile, or is away when reading goes on.
+        Raises: NodeUnreachable, TooMany, TimedOut, and what the agent says.
         """
         with self._counted(node):
-            stream = _Stream(node, self._session(node))
-            has_begun = False
+            has_begun = request.run_number >= 0
             while True:
+                stream = _Stream(node, await self._session_again(node, wait_s if has_begun else 0.0))
                 async with aclosing(self._lines(stream, request)) as chunks:  # type: ignore[type-var]
                     async for chunk in chunks:
                         has_begun = True
@@ -100,7 +100,6 @@ class LogBroker:
                             return
                 if stream.is_over:
                     raise InvalidRequest(f"node {node} sends more of a log than it was asked for", node=node)
-                stream = _Stream(node, await self._session_again(node, wait_s if has_begun else 0.0))
 
     def take(self, chunk: LogChunk, session_id: str) -> None:
         """A chunk came from an agent. One that nobody waits for, or of another session, is dropped."""
@@ -152,7 +151,7 @@ class LogBroker:
                 self._cancel(request_id, stream)
 
     async def _session_again(self, node: str, wait_s: float) -> str:
-        """The node's next session. Raises: NodeUnreachable after wait_s."""
+        """The node's session, once there is one. Raises: NodeUnreachable after wait_s."""
         loop = asyncio.get_running_loop()
         end = loop.time() + wait_s
         while True:
@@ -160,7 +159,7 @@ class LogBroker:
                 return self._session(node)
             except NodeUnreachable:
                 if loop.time() >= end:
-                    raise NodeUnreachable(f"node {node} went away while its log was read", node=node) from None
+                    raise
             await asyncio.sleep(RETRY_S)  # sessions come and go in the core; nobody announces them here
 
     async def _one_request(self, request: LogRequest) -> AsyncIterator[LogChunk]:

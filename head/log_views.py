@@ -35,6 +35,7 @@ ALIVE_S = limits.KEEP_ALIVE_S
 CHOOSE_S = 1.0  # how often a followed view looks for logs that are new
 AGAIN_S = 2.0  # before a node that was away for long is asked again
 FINISH_S = 15.0  # how long a node that goes away is waited for by who does not follow
+NEVER_MS = 1 << 62
 OPENED = "*"
 
 
@@ -96,6 +97,7 @@ class LogView:
         self._notes: dict[str, str] = {}
         self._failures: list[HerderError] = []
         self._has_begun = False
+        self._is_waiting = False  # for a node or an engine that may come
         self._pumps = 0
         opened = query.cursors.get(OPENED)
         self._opened_ms = opened.offset if opened else _now_ms()
@@ -123,7 +125,9 @@ class LogView:
         revision = self._revision()
         while True:
             self._news.clear()
-            batch = self._take_ready()
+            # Before the first news of any log it may still turn out that there is nothing but an error to tell.
+            may_speak = self._has_begun or self._is_waiting or not self._logs
+            batch = self._take_ready() if may_speak else None
             if batch:
                 alive = loop.time()
                 yield batch
@@ -167,7 +171,9 @@ class LogView:
         batch: list[LogEntry] = []
         if self._tail is None:
             batch, self._ready = self._ready, []
-        now_ms = _now_ms()
+        is_tail_whole = self._tail is not None and not self._merge.is_behind
+        # Once all have said what was there, the last lines of all together are known: nothing has to be waited for.
+        now_ms = NEVER_MS if is_tail_whole else _now_ms()
         while len(batch) < BATCH_ENTRIES:
             popped = self._merge.pop(now_ms)
             if popped is None:
@@ -178,7 +184,7 @@ class LogView:
                 self._keep(popped[1])
         if not self._room.is_set():
             self._room.set()
-        if self._tail is not None and not self._merge.is_behind and self._merge.wait_ms(now_ms) != 0:
+        if self._tail is not None and is_tail_whole:
             batch = [*self._ready, *self._tail]
             self._tail, self._ready = None, []
         for entry in batch:
@@ -269,6 +275,7 @@ class LogView:
                     if not self._is_passing(error, log):
                         self._fail(log, error)
                         return
+                    self._is_waiting = True
                     self._say(log, f"{error.message}; waiting for it")
                 self._merge.caught_up(log.name)  # the others do not wait
                 self._news.set()
@@ -294,7 +301,7 @@ class LogView:
         if not self._query.follow or log.until_ms:
             return False
         if error.code in ("node_unreachable", "timed_out"):
-            return log.name in self._read or len(self._logs) > 1
+            return log.name in self._read or bool(self._query.cursors) or len(self._logs) > 1
         return error.code == "not_found" and log.source.startswith("replica:") and self._is_chosen(log)
 
     def _is_chosen(self, log: Log) -> bool:

@@ -13,11 +13,11 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import msgspec
 
-from herder import following, types
+from herder import following, log_reading, types
 from herder.client_benchmarks import BenchmarkCalls
 from herder.errors import HerderError, HerderJobError
 from herder.files import write_whole
@@ -398,6 +398,24 @@ class AsyncClient(BenchmarkCalls):
         async with aclosing(following.log_text(self._http, replica, follow=follow, tail=tail, run=run)) as pieces:
             async for text in pieces:
                 yield text
+
+    async def log_batches(self, **wanted: Unpack[types.LogsWanted]) -> AsyncGenerator[list[types.LogEntry], None]:
+        """As `log_entries`, in the batches in which entries come."""
+        async with aclosing(log_reading.log_batches(self._http, dict(wanted))) as batches:  # type: ignore[arg-type]
+            async for batch in batches:
+                yield batch
+
+    async def log_entries(self, **wanted: Unpack[types.LogsWanted]) -> AsyncGenerator[types.LogEntry, None]:
+        """Lines of logs, merged by time, with their source; a broken connection is taken up again where it was.
+
+        Which logs: `target` (any of the following by its name), `service`, `replica`, `run`, `benchmark`, `job`,
+        `node`, `source`. Which lines: `since`, `until`, `search` with `regex` and `ignore_case`, `tail`, `back`, `follow`.
+        Raises: HerderApiError, as `not_found` or `node_unreachable`.
+        """
+        async with aclosing(self.log_batches(**wanted)) as batches:
+            async for batch in batches:
+                for entry in batch:
+                    yield entry
 
     # jobs
     def jobs(self, *, status: types.JobState | None = None, name: str = "") -> Listing[types.JobView]:

@@ -184,6 +184,8 @@ class Client:
     wait_service = _call(AsyncClient.wait_service)
     replicas = _list(AsyncClient.replicas)
     logs = _iterate(AsyncClient.logs)
+    log_batches = _iterate(AsyncClient.log_batches)
+    log_entries = _iterate(AsyncClient.log_entries)
 
     jobs = _list(AsyncClient.jobs)
     job = _call(AsyncClient.job)

@@ -7,14 +7,14 @@ versions. Times end in `_ms` and are milliseconds since the epoch, sizes are byt
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 from msgspec import Meta, Struct
 
 ModelType = Literal["llm", "embedding", "reranker", "diffusion", "vision", "audio", "multimodal", "other"]
 Role = Literal["admin", "operator", "viewer", "agent", "inference"]
-Action = Literal["download", "move", "copy", "serve", "stop_serve", "delete", "health_check"]
+Action = Literal["download", "move", "copy", "serve", "stop_serve", "delete", "health_check", "benchmark"]
 BenchmarkState = Literal["pending", "preparing", "running", "finishing", "completed", "failed", "cancelled"]
 PointState = Literal[
     "pending", "preparing", "armed", "running", "collecting", "judging", "completed", "failed", "cancelled"
@@ -639,3 +639,25 @@ class LogEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     note: str = ""  # what a reader has to know: bytes that are gone, a node that is away
     lost_bytes: int = 0  # removed before they were read; -1: a whole run
     cursor: str = ""
+    is_end: bool = False  # the last entry: there is no more; a stream that ends without it was cut off
+
+
+class LogsWanted(TypedDict, total=False):
+    """Parameters of GET /api/v1/logs, of which docs/logs.md tells."""
+
+    target: str
+    service: str
+    replica: str
+    run: str
+    benchmark: str
+    job: str
+    node: str
+    source: str
+    since: str
+    until: str
+    search: str
+    regex: bool
+    ignore_case: bool
+    tail: int | None
+    follow: bool
+    back: int | None

@@ -24,7 +24,7 @@ from head.auth import RANK
 from head.bench.store import FOLDER
 from head.log_choice import Log, Wish, choose, kept_of
 from head.log_text import LogText
-from head.log_views import LogView, ViewQuery, parse_cursors
+from head.log_views import OPENED, LogView, ViewQuery, parse_cursors
 from herder.types import LogEntry
 
 TAG = "services"
@@ -102,7 +102,7 @@ async def replica_logs(call: Call) -> web.StreamResponse:
     replica = find_replica(await call.read(), call.path("id"))
     chunks = call.context.sessions.open_log(replica.id, query.run, query.tail, query.follow)
     pieces = _each(chunks, lambda chunk: chunk.data.encode())
-    return await _stream(call, pieces, "text/plain; charset=utf-8", lambda why: f"\n[herder: {why}]\n".encode())
+    return await _stream(call, pieces, "text/plain; charset=utf-8", _text_end)
 
 
 # views
@@ -130,19 +130,21 @@ async def _answer(call: Call, asked: ViewLogsQuery) -> web.StreamResponse:
     view = LogView(call.context.sessions.logs, chosen, _query(asked), revision=lambda: state.revision)
     entries = view.entries()
     if _is_json(call, asked):
-        return await _stream(call, _each(entries, _json_lines), "application/x-ndjson", _json_note)
+        return await _stream(call, _each(entries, _json_lines), "application/x-ndjson", _json_end)
     text = LogText(is_many=is_many or (asked.follow and bool(asked.service)), has_times=asked.timestamps)
     return await _stream(
         call,
         _each(entries, text.render),
         "text/plain; charset=utf-8",
-        lambda why: f"\n[herder: {why}]\n".encode(),
+        _text_end,
     )
 
 
 def _query(asked: ViewLogsQuery) -> ViewQuery:
     """Raises: InvalidValue."""
-    now_ms = time.time_ns() // 1_000_000
+    cursors = parse_cursors(asked.cursor)
+    # A reader that comes back means "10m ago" as of when it first came.
+    now_ms = cursors[OPENED].offset if OPENED in cursors else time.time_ns() // 1_000_000
     since_ms, until_ms = moment("since", asked.since, now_ms), moment("until", asked.until, now_ms)
     if until_ms and (asked.follow or until_ms < since_ms):
         raise InvalidValue("until: not with follow, and not before since", hint="leave one of them out")
@@ -158,7 +160,7 @@ def _query(asked: ViewLogsQuery) -> ViewQuery:
         pattern=asked.search,
         is_regex=asked.regex,
         ignore_case=asked.ignore_case,
-        cursors=parse_cursors(asked.cursor),
+        cursors=cursors,
     )
 
 
@@ -190,8 +192,12 @@ def _json_lines(entries: Iterable[LogEntry]) -> bytes:
     return b"".join(_encoder.encode(entry) + b"\n" for entry in entries)
 
 
-def _json_note(why: str) -> bytes:
-    return _encoder.encode(LogEntry(note=why)) + b"\n"
+def _json_end(why: str) -> bytes:
+    return _encoder.encode(LogEntry(note=why, is_end=True)) + b"\n"
+
+
+def _text_end(why: str) -> bytes:
+    return f"\n[herder: {why}]\n".encode() if why else b""
 
 
 async def _each(source: AsyncIterator[T], render: Callable[[T], bytes]) -> AsyncIterator[bytes]:
@@ -214,9 +220,11 @@ async def _stream(
             if first is not None:
                 await _write(response, first)
             async for piece in pieces:
-                if not call.is_welcome:  # revoked or expired since
-                    break
+                if not call.is_welcome:
+                    await _write(response, last_words("the key that asked was revoked or has expired"))
+                    return response
                 await _write(response, piece)
+            await _write(response, last_words(""))
         except HerderError as error:
             await _write(response, last_words(f"the log ends here: {error.message}"))
         except (ConnectionError, TimeoutError):

@@ -51,7 +51,7 @@ def emit(options: Globals, value: Any, table: str | None = None, *, quiet: str |
         import msgspec
 
         text = msgspec.json.format(msgspec.json.encode(value), indent=2).decode()
-        click.echo(_escaped(text) if sys.stdout.isatty() else text)
+        click.echo(escaped(text) if sys.stdout.isatty() else text)
     elif options.output == "yaml":
         click.echo(to_yaml(value), nl=False)
     elif options.is_quiet and quiet is not None:
@@ -61,7 +61,7 @@ def emit(options: Globals, value: Any, table: str | None = None, *, quiet: str |
         click.echo(table)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     """JSON whose strings cannot drive a terminal: the same document."""
     if text.replace("\n", "").isprintable():
         return text

@@ -28,7 +28,7 @@ def test_text_of_others_drives_no_terminal() -> None:
 def test_json_on_a_terminal_is_the_same_document() -> None:
     """Characters that a terminal obeys are escaped, and read back as they were."""
     value = {"a": "x\x9b2J\u202e\U000e0001 y"}
-    text = output._escaped(json.dumps(value, ensure_ascii=False, indent=2))
+    text = output.escaped(json.dumps(value, ensure_ascii=False, indent=2))
     assert text.replace("\n", "").isprintable()
     assert json.loads(text) == value
 
