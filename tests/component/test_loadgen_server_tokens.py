@@ -14,6 +14,7 @@ import pytest
 from agent.loadgen import order, server_tokens
 from agent.loadgen.apis import APIS
 from agent.loadgen.server_tokens import ServerWords, TokenServer
+from agent.loadgen.target import parse_url
 from common.bench.spec import LoadSpec
 from tests.doubles.scripted_server import END, EVENT, STREAM, Step, chunk, serving, whole
 
@@ -122,7 +123,7 @@ def test_answers_that_are_none(answer: object) -> None:
 def test_a_server_that_cannot_be_asked() -> None:
     """Said before the run begins, with the address; the headers of the measured server stay there."""
     with tokenizing() as (url, _):
-        made = server_tokens.server_of("server:" + url, order._targets(AIM, CHAT, None)[0], ("/v1",), "m")
+        made = server_tokens.server_of("server:" + url, parse_url("http://127.0.0.1:1", CHAT, headers=[("Authorization", "Bearer secret")]), ("/v1",), "m")
         assert made.headers == ()
     with pytest.raises(ValueError, match="cannot be asked"):
         made.count("x")
@@ -133,7 +134,6 @@ def test_a_server_that_cannot_be_asked() -> None:
         assert server.requests[0].startswith(b"POST /tokenize ")
 
 
-AIM = order.Aim(("http://127.0.0.1:1",), headers=("Authorization: Bearer secret",))
 CHAT = APIS["chat"]
 
 
