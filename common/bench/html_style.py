@@ -80,6 +80,7 @@ svg .rt,svg .ft{fill:var(--text);paint-order:stroke;stroke:var(--bg);stroke-widt
 .hair{stroke:var(--text);opacity:.45}
 .s0{--c:var(--s0)}.s1{--c:var(--s1)}.s2{--c:var(--s2)}.s3{--c:var(--s3)}.s4{--c:var(--s4)}.s5{--c:var(--s5)}
 .s6{--c:var(--s6)}.s7{--c:var(--s7)}
+.tip b{display:block}.tip .key{display:flex}
 .tip{position:absolute;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:6px;
 padding:4px 8px;font-size:12px;line-height:1.4;white-space:nowrap;z-index:3;box-shadow:0 2px 10px #0003}
 details{border:1px solid var(--line);border-radius:8px;margin:8px 0;padding:0 16px}
@@ -117,9 +118,9 @@ function told(v){var a=Math.abs(v);if(!isFinite(v))return '-';if(a>=99.95)return
 if(a>=9.995)return v.toFixed(1);if(a>=0.9995)return v.toFixed(2);return a?String(+v.toPrecision(3)):'0';}
 function read(svg){if(svg.kept)return svg.kept;
 var lines=[].map.call(svg.querySelectorAll('path[data-name]'),function(path){
-var points=[],x=0,y=0,found,each=/([Ml])(-?\\d+) (-?\\d+)/g,d=path.getAttribute('d');
-while((found=each.exec(d))){if(found[1]==='M'){x=+found[2];y=+found[3];}else{x+=+found[2];y+=+found[3];}
-points.push([x,y]);}
+var points=[],x=0,y=0;
+path.getAttribute('d').replace(/([Ml])(-?\\d+) (-?\\d+)/g,function(all,kind,first,second){
+x=kind==='M'?+first:x+ +first;y=kind==='M'?+second:y+ +second;points.push([x,y]);return all;});
 return{name:path.getAttribute('data-name'),style:path.getAttribute('class'),points:points};});
 svg.kept={lines:lines,x:scale(svg.getAttribute('data-x')),y:scale(svg.getAttribute('data-y'))};return svg.kept;}
 function hair(svg,share){var line=svg.querySelector('.hair');
@@ -134,9 +135,8 @@ kept.lines.slice(0,14).forEach(function(line){var best=null;line.points.forEach(
 if(best===null||Math.abs(p[0]-at)<Math.abs(best[0]-at))best=p;});
 if(best===null||Math.abs(best[0]-at)>UNITS/12)return;said=true;
 var row=document.createElement('div');row.className='key '+line.style.replace('faint','');
-row.textContent=line.name+' '+told(back(kept.y,1-best[1]/UNITS));tip.appendChild(row);
-tip.appendChild(document.createElement('br'));});
-if(!said)return;if(tip.lastChild.nodeName==='BR')tip.lastChild.remove();
+row.textContent=line.name+' '+told(back(kept.y,1-best[1]/UNITS));tip.appendChild(row);});
+if(!said)return;
 var frame=svg.parentNode;frame.appendChild(tip);
 var left=svg.getBoundingClientRect().left-frame.getBoundingClientRect().left+share*svg.getBoundingClientRect().width;
 var room=frame.getBoundingClientRect().width;

@@ -113,9 +113,9 @@ def _result(head: _Head, name: str) -> Result:
     "export",
     cls=HerderCommand,
     examples=(
-        "herder benchmarks export bench-3f9a1c7e20b4 --format html --output report.html",
-        "herder benchmarks export bench-3f9a1c7e20b4 --format vllm --point 3 --output vllm.json",
-        "herder benchmarks export bench-3f9a1c7e20b4 --format all --output results/",
+        "herder benchmarks export bench-3f9a1c7e20b4 --format html --save report.html",
+        "herder benchmarks export bench-3f9a1c7e20b4 --format vllm --point 3 --save vllm.json",
+        "herder benchmarks export bench-3f9a1c7e20b4 --format all --save results/",
     ),
 )
 @click.argument("benchmark_id", metavar="BENCHMARK")
@@ -128,14 +128,14 @@ def _result(head: _Head, name: str) -> Result:
     help="vllm and genai-bench: of one point; all: every format and every kept file, into a folder.",
 )
 @click.option("--point", type=click.IntRange(0), help="Of this point only.")
-@click.option("--output", "path", type=click.Path(path_type=Path), help="The file or folder; default standard output.")
+@click.option("--save", "path", type=click.Path(path_type=Path), help="The file or folder; default standard output.")
 @pass_globals
 def export(options: Globals, benchmark_id: str, format_: Any, point: int | None, path: Path | None) -> None:
     """Write a result in our formats or those of others."""
     with options.connect() as client:
         if format_ == "all":
             if path is None:
-                raise click.UsageError("--format all needs --output FOLDER")
+                raise click.UsageError("--format all needs --save FOLDER")
             written = _export_all(options, client, benchmark_id, path)
             total = sum(file.stat().st_size for file in written)
             said = f"{text.plural(len(written), 'file')}, {text.size(total)}, in {path}"
@@ -146,7 +146,7 @@ def export(options: Globals, benchmark_id: str, format_: Any, point: int | None,
         content = client.benchmark_report(benchmark_id, point=point, format=format_)
     if path is None:
         if format_ == "html" and sys.stdout.isatty():
-            raise click.UsageError("a terminal does not show HTML; give --output FILE")
+            raise click.UsageError("a terminal does not show HTML; give --save FILE")
         click.echo(content, nl=False)
         return
     path.parent.mkdir(parents=True, exist_ok=True)

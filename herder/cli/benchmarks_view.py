@@ -42,6 +42,14 @@ RUNS = (
     Column("STATE"),
     Column("ARTIFACTS", shrinks_to=12, rank=1),
 )
+COMPARED = (
+    Column("FIGURE"),
+    Column("FIRST", is_number=True),
+    Column("OTHER", is_number=True),
+    Column("CHANGE", is_number=True),
+    Column("95 % INTERVAL", is_number=True, rank=1),
+    Column("VERDICT"),
+)
 RECIPES = (Column("RECIPE"), Column("PATH", shrinks_to=16, rank=1), Column("DESCRIPTION", shrinks_to=20))
 FILES = (Column("FILE", shrinks_to=24), Column("SIZE", is_number=True))
 FILES_SHOWN = 12
@@ -211,50 +219,36 @@ def compared(options: Globals, found: Any) -> str:
         lines = [f"{label}: {difference.what}"]
         lines += [f"  {name}: {value}" for name, value in zip(found.names, difference.values, strict=True)]
         parts.append("\n".join(lines))
-    columns = [Column("FIGURE")]
-    for place, name in enumerate(found.names):
-        columns.append(Column(name.upper() if len(name) <= 16 else name[:15].upper() + "…", is_number=True))
-        if place:
-            columns.append(Column("CHANGE", is_number=True))
-            columns.append(Column("VERDICT"))
     for load in found.loads:
-        rows = [_compared_row(figure) for figure in load.figures]
         head = changes(load.changes) or "the load as asked"
-        counts = ", ".join(
-            f"{max((figure.values[place].repetitions for figure in load.figures), default=0)}"
-            for place in range(len(found.names))
-        )
-        parts.append(
-            f"{head} (valid repetitions: {counts})\n{output.table(options, columns, rows, empty='no figures')}"
-        )
+        for place in range(1, len(found.names)):
+            counts = [max((f.values[at].repetitions for f in load.figures), default=0) for at in (0, place)]
+            title = f"{head}: {found.names[0]} ({counts[0]}) and {found.names[place]} ({counts[1]} valid repetitions)"
+            rows = [_compared_row(figure, place) for figure in load.figures]
+            parts.append(f"{title}\n{output.table(options, COMPARED, rows, empty='no figures')}")
     parts.append("\n".join(found.remarks))
     if found.loads:
         parts.append(
-            "CHANGE is against the first, with its interval. noise: Welch's t-test at 95 % cannot\n"
-            "tell them apart; of twenty figures that do not differ one will still seem to."
+            "CHANGE is against the first. noise: Welch's t-test at 95 % cannot tell them\n"
+            "apart; of twenty figures that do not differ one will still seem to."
         )
     return "\n\n".join(part for part in parts if part)
 
 
-def _compared_row(figure: Any) -> list[str]:
-    row = [figure.name.removesuffix("_ms")]
-    for place, value in enumerate(figure.values):
-        row.append(_told(figure.unit, value.mean))
-        if place:
-            row += [_change(figure, place), _word(figure, place)]
-    return row
+def _compared_row(figure: Any, place: int) -> list[str]:
+    change, interval = figure.change[place], figure.interval[place]
+    return [
+        figure.name.removesuffix("_ms"),
+        _told(figure.unit, figure.values[0].mean),
+        _told(figure.unit, figure.values[place].mean),
+        "-" if change is None else f"{change:+.1%}",
+        "-" if interval is None else f"{interval[0]:+.1%} to {interval[1]:+.1%}",
+        _word(figure, place),
+    ]
 
 
 def _told(unit: str, value: float | None) -> str:
     return ms(value) if unit == "ms" else share(value) if unit == "share" else number(value)
-
-
-def _change(figure: Any, place: int) -> str:
-    change, interval = figure.change[place], figure.interval[place]
-    if change is None:
-        return "-"
-    told = f"{change:+.1%}"
-    return f"{told} [{interval[0]:+.1%}, {interval[1]:+.1%}]" if interval is not None else told
 
 
 def _word(figure: Any, place: int) -> str:
