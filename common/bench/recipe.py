@@ -145,11 +145,14 @@ def parse(text: str | bytes, *, where: str = "benchmark") -> BenchmarkRecipe:
     return convert(document, where=where)
 
 
-def convert(document: Any, *, where: str = "benchmark") -> BenchmarkRecipe:
-    """A recipe from plain data, checked as far as that needs no file and no cluster. Raises: InvalidRecipe."""
+def convert(document: Any, *, where: str = "benchmark", is_drawn: bool = True) -> BenchmarkRecipe:
+    """A recipe from plain data, checked as far as that needs no file and no cluster. Raises: InvalidRecipe.
+
+    A check draws every schedule; without `is_drawn` it is left to the load nodes, which say it just as well.
+    """
     try:
         recipe = msgspec.convert(_with_seconds(document), BenchmarkRecipe)
-        _check(recipe)
+        _check(recipe, is_drawn=is_drawn)
     except (msgspec.ValidationError, ValueError) as error:
         raise InvalidRecipe(f"{where}: {error}") from None
     return recipe
@@ -218,7 +221,7 @@ def _with_seconds(document: Any, depth: int = 0) -> Any:
     return made
 
 
-def _check(recipe: BenchmarkRecipe) -> None:
+def _check(recipe: BenchmarkRecipe, *, is_drawn: bool) -> None:
     if not _NAME.fullmatch(recipe.name):
         raise ValueError(f"name {recipe.name!r}: lower-case letters, digits and '-'")
     server = recipe.server
@@ -252,4 +255,4 @@ def _check(recipe: BenchmarkRecipe) -> None:
     if recipe.search is not None and recipe.search.over == "concurrency":
         start = {"concurrency": max(1, int(recipe.search.start))}
     for point in points_of(recipe):
-        load_of(recipe, point | start, recipe.load.seed)
+        load_of(recipe, point | start, recipe.load.seed, is_checked=not is_drawn)

@@ -212,6 +212,9 @@ def _require(where: str, step: Step, *, is_order: bool) -> None:
         return
     if step.action == "health_check" and step.target_url:
         return
+    if step.action == "benchmark":
+        _require_benchmark(where, step)
+        return
     if not step.model:
         raise _wrong(where, model_field, f"{step.action} needs a model")
     if not step.target_device:
@@ -219,6 +222,14 @@ def _require(where: str, step: Step, *, is_order: bool) -> None:
         raise _wrong(where, target_field, f"{step.action} needs {wanted}")
     if step.source_device and step.source_device == step.target_device:
         raise _wrong(where, target_field, "source and target are the same device")
+
+
+def _require_benchmark(where: str, step: Step) -> None:
+    """A benchmark's recipe says which server and which nodes."""
+    if not step.config.get("recipe") and not step.config.get("document"):
+        raise _wrong(where, "config", "benchmark needs config.recipe, the name of one, or config.document, a whole one")
+    if step.model or step.target_device:
+        raise _wrong(where, "model" if step.model else "device", "the benchmark's recipe says what is measured where")
 
 
 def _refuse_unused(where: str, step: Step, action: JobAction) -> None:

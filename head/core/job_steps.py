@@ -1,9 +1,9 @@
 """What the actions of a job do: begin one, look how far it is, end it before its time.
 
-A running step waits on one object (`target`: a copy, a service, a replica or a check) and is looked at whenever that
-object changes. `phase` says what it is at: copy (bytes on their way), serve (an engine on its way), drop (a copy on
-its way out), stop (an engine on its way out), check (a question asked), cancel (undoing what it began). What a step
-made carries "<job>/<step>" as its cause; only that is undone when it is cancelled.
+A running step waits on one object (`target`: a copy, a service, a replica, a check or a benchmark) and is looked at
+whenever that object changes. `phase` says what it is at: copy (bytes on their way), serve (an engine on its way), drop
+(a copy on its way out), stop (an engine on its way out), check (a question asked), benchmark (one goes on), cancel
+(undoing what it began). What a step made carries "<job>/<step>" as its cause; only that is undone when it is cancelled.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from common import ids, limits
 from common.errors import BY_CODE, Conflict, CopyNotFound, ErrorInfo, InvalidJob
-from head.core import copies, engine_steps, node_facts
+from head.core import benchmark_steps, copies, engine_steps, node_facts
 from head.core.copy_facts import IN_FLIGHT
 from head.core.engine_steps import cause_of, completed, failed
 from head.core.objects import Copy, Job, Step, copy_key
@@ -47,6 +47,8 @@ def begin(turn: Turn, job: Job, step: Step) -> Step:
             return look(turn, job, _begin_drop(turn, job, started, started.target_device))
         case "health_check":
             return look(turn, job, engine_steps.begin_check(turn, job, started))
+        case "benchmark":
+            return look(turn, job, benchmark_steps.begin(turn, job, started))
         case _:
             raise InvalidJob(f"no action {step.action!r}", step=step.id, field="action")
 
@@ -66,6 +68,8 @@ def look(turn: Turn, job: Job, step: Step) -> Step:
                 step = engine_steps.look_stop(turn, step)
             case "check":
                 step = engine_steps.look_check(turn, step)
+            case "benchmark":
+                step = benchmark_steps.look(turn, step)
             case _:
                 step = _look_cancel(turn, job, step)
         if step == before or step.phase == before.phase:
@@ -199,6 +203,8 @@ def _look_cancel(turn: Turn, job: Job, step: Step) -> Step:
     """Undoes what the step began, engine first, then RAM, then disk, and waits until each is gone."""
     state, own = turn.state, cause_of(job, step)
     is_late = turn.now_ms >= step.not_before_ms
+    if not benchmark_steps.undo(turn, step) and not is_late:
+        return step
     service_left = engine_steps.undo_serve(turn, own, step)
     if service_left and not is_late:
         return replace(step, target=service_left)
@@ -213,7 +219,8 @@ def _look_cancel(turn: Turn, job: Job, step: Step) -> Step:
         copy = state.copies.get(key)
         if copy is not None and copy.desired == "absent" and not is_late:
             return replace(step, target=f"copy:{key}")
-    note = step.note if not is_late else f"{step.note}; {node} has not confirmed that it stopped"
+    where = node or step.target
+    note = step.note if not is_late else f"{step.note}; {where} has not confirmed that it stopped"
     return replace(step, state="cancelled", ended_ms=turn.now_ms, note=note, target="")
 
 

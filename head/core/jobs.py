@@ -32,6 +32,7 @@ from common.errors import (
 from common.ids import check_service_name, parse_device
 from head.core import (
     admission,
+    benchmark_steps,
     copy_facts,
     engine_steps,
     idempotency,
@@ -101,6 +102,8 @@ def _checked(state: State, step: Step) -> Step:
         service_specs.check_general_config(step.config)
         if step.action == "serve":
             _check_serve(state, step)
+        elif step.action == "benchmark":
+            benchmark_steps.recipe_of(state, step)
         return replace(
             step,
             source_device=_known_device(state, step.source_device),
@@ -343,6 +346,8 @@ def _overdue(state: State, step: Step, now_ms: int) -> TimedOut | None:
                 f"not done after {step.timeout_ms // 1000} s, as its timeout says", seconds=spent_ms // 1000
             )
         return None
+    if step.phase == "benchmark":
+        return None  # it has a time of its own
     model = state.models.get(step.model)
     size = copy_facts.expected_bytes(state, step.model, model.revision) if model is not None else 0
     allowed_ms = limits.STEP_BASE_MS + size * 1000 // limits.STEP_BYTES_PER_S

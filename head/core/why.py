@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from common.errors import (
+    BenchmarkNotFound,
     CopyNotFound,
     InvalidValue,
     JobNotFound,
@@ -14,7 +15,7 @@ from common.errors import (
     ServiceNotFound,
 )
 from common.wire import CopyStatus
-from head.core import commands, drains, memory_needs, node_facts, placement, replica_facts, service_specs, service_views
+from head.core import benchmark_facts, commands, drains, memory_needs, node_facts, placement, replica_facts, service_specs, service_views
 from head.core.objects import Copy, Job, Node, Replica, Service
 from head.core.state import STEP_ENDED, State
 from herder.types import Candidate, Why
@@ -129,6 +130,32 @@ def _job_words(job: Job, now_ms: int) -> str:
     return "; ".join(words)
 
 
+# benchmarks
+def _benchmark(state: State, key: str, now_ms: int) -> Why:
+    benchmark = state.benchmarks.get(key)
+    if benchmark is None:
+        raise BenchmarkNotFound(f"no benchmark {key[:80]!r}", hint="`herder benchmarks` lists them", benchmark=key)
+    done = benchmark_facts.points_done(state, key)
+    words = [f"{done} of {max(benchmark.planned, done)} points have ended"]
+    note = benchmark_facts.note_of(state, benchmark)
+    if note:
+        words.append(note)
+    if benchmark.error is not None:
+        words.append(benchmark.error.message)
+    if benchmark.best:
+        words.append(str(benchmark.best.get("why", "")))
+    for run in benchmark_facts.runs_of(state, key):
+        seen = node_facts.node_state(state, run.node, now_ms)
+        if seen != "online":
+            words.append(f"{run.id} is {run.state} on {run.node}, which is {seen}")
+    candidates: tuple[Candidate, ...] = ()
+    if benchmark.state == "preparing" and benchmark.service in state.services:
+        service = _service(state, benchmark.service, now_ms)
+        words.append(f"{benchmark.service}: {service.reason}")
+        candidates = service.candidates
+    return Why(key, "benchmark", benchmark.state, "; ".join(words[: 2 * _LISTED]), candidates)
+
+
 # copies, models, nodes
 def _copy(state: State, key: str, now_ms: int) -> Why:
     copy = state.copies.get(key)
@@ -222,6 +249,7 @@ _KINDS: dict[str, Callable[[State, str, int], Why]] = {
     "service": _service,
     "replica": _replica,
     "job": _job,
+    "benchmark": _benchmark,
     "copy": _copy,
     "node": _node,
     "model": _model,

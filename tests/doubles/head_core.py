@@ -156,10 +156,17 @@ class World:
         """The node's present session."""
         return self.state.live[node].session_id
 
-    def report(self, node: str, *copies: wire.CopyStatus, ops: tuple[wire.OpStatus, ...] = ()) -> list[Effect]:
+    def report(
+        self,
+        node: str,
+        *copies: wire.CopyStatus,
+        ops: tuple[wire.OpStatus, ...] = (),
+        replicas: tuple[wire.ReplicaStatus, ...] = (),
+        runs: tuple[wire.RunStatus, ...] = (),
+    ) -> list[Effect]:
         """A report in the node's session."""
         self._seqs += 1
-        report = wire.Report(seq=self._seqs, copies=copies, ops=ops, digest=self._seqs)
+        report = wire.Report(seq=self._seqs, copies=copies, ops=ops, replicas=replicas, runs=runs, digest=self._seqs)
         return self.step(AgentReported(node=node, session_id=self.session(node), report=report))
 
     def lease(self, node: str, *, digest: int | None = None) -> list[Effect]:

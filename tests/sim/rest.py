@@ -192,7 +192,7 @@ class Rest:
             yield f"{len(rows)} records in the last {QUIET_MS // 1000} s: {last}"
 
     def _whys(self) -> Iterator[str]:
-        for kind in ("node", "model", "copy", "service", "replica", "job"):
+        for kind in ("node", "model", "copy", "service", "replica", "job", "benchmark"):
             for key in list(self._state.table(kind)):
                 request_id = self.people.submit(ev.WhyRequested, kind=kind, key=key)
                 answer = self.head.answers.get(request_id)
