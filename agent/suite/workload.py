@@ -198,13 +198,14 @@ def _sizes(config: Mapping[str, Any], api: str, roots: Sequence[Path]) -> dict[s
     answer = _whole(config, "gen_tokens", ANSWER_TOKENS)
     parameters = dict(config.get("parameters") or {})
     made: dict[str, Any] = {"exact": wanted is not None}
+    if api == "ollama":
+        # A body's `options` replace the generator's: what it would have put there is put back.
+        parameters["options"] = {"num_predict": answer, "temperature": 0} | dict(parameters.get("options") or {})
     if config.get("dataset"):
         if config.get("prompt_len") is not None:
             raise ValueError("dataset brings its own prompts: leave prompt_len out")
         made["dataset"] = dataset_path(str(config["dataset"]), roots)
-        if api == "ollama":
-            parameters["options"] = {"temperature": 0, "num_predict": answer} | dict(parameters.get("options") or {})
-        else:
+        if api != "ollama":
             sizes = {"max_tokens": answer} | ({"min_tokens": answer} if wanted is not None else {})
             parameters = sizes | parameters
     else:
