@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.doubles.certificates import Authority, openssl
+
 ROOT = Path(__file__).parents[2]
-EC = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 
 
 def wait_for(condition: Callable[[], object], what: str, within_s: float = 30.0) -> None:
@@ -23,33 +24,6 @@ def wait_for(condition: Callable[[], object], what: str, within_s: float = 30.0)
     while not condition():
         assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
         time.sleep(0.02)
-
-
-class Authority:
-    """A CA made with openssl."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
-        self.certificate = folder / f"{name}.crt"
-        self._key = folder / f"{name}.key"
-        _openssl(
-            "req", "-x509", *EC, "-keyout", self._key, "-out", self.certificate, "-days", "2", "-subj", f"/CN={name}"
-        )
-
-    def sign(self, name: str, *, address: str = "127.0.0.1", days: int = 2) -> tuple[Path, Path]:
-        """A certificate and its key."""
-        key, request, certificate = (self.folder / f"{name}.{end}" for end in ("key", "csr", "crt"))
-        extension = self.folder / f"{name}.ext"
-        extension.write_text(f"subjectAltName=IP:{address}\n")
-        _openssl("req", *EC, "-keyout", key, "-out", request, "-subj", f"/CN={name}")
-        signing = ("-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial", "-days", str(days))
-        _openssl("x509", "-req", "-in", request, *signing, "-extfile", extension, "-out", certificate)
-        key.chmod(0o600)
-        return certificate, key
-
-
-def _openssl(*arguments: object) -> None:
-    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
 
 
 class Pair:
@@ -235,7 +209,7 @@ def test_settings_that_cannot_work(pair: Pair, good: Authority, tmp_path: Path) 
     open_key.write_bytes(key.read_bytes())
     open_key.chmod(0o644)
     locked_key = tmp_path / "locked.key"
-    _openssl("ec", "-in", key, "-aes256", "-passout", "pass:x", "-out", locked_key)
+    openssl("ec", "-in", key, "-aes256", "-passout", "pass:x", "-out", locked_key)
     locked_key.chmod(0o600)
     cases = [
         ({"ca": "/no/such/ca.crt"}, "tls.ca: /no/such/ca.crt: No such file"),
