@@ -46,12 +46,16 @@ class _Stream:
 class LogBroker:
     """Matches requests and chunks by id."""
 
-    def __init__(self, state: State, ids: IdSource, send: Callable[[str, Message], None]) -> None:
+    def __init__(
+        self, state: State, ids: IdSource, send: Callable[[str, Message], None], is_open: Callable[[str], bool]
+    ) -> None:
         self._state = state
         self._ids = ids
         self._send = send
+        self._is_open = is_open
         self._streams: dict[str, _Stream] = {}
         self._readers: Counter[str] = Counter()  # by node
+        self.is_closing = False  # the head is stopping: views end, and their readers come back to the next one
 
     @property
     def readers(self) -> int:
@@ -218,7 +222,8 @@ class LogBroker:
 
     def _session(self, node: str) -> str:
         live = self._state.live.get(node)
-        if live is None or not live.session_id:
+        # A session that has just closed stands in the state until the core has heard of it.
+        if live is None or not live.session_id or not self._is_open(live.session_id):
             raise NodeUnreachable(f"node {node} is not connected", node=node)
         return live.session_id
 

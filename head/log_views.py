@@ -20,7 +20,7 @@ from typing import NamedTuple
 from msgspec.structs import replace
 
 from common import limits
-from common.errors import HerderError, InvalidValue
+from common.errors import HerderError, InvalidValue, Unavailable
 from common.logs.stream import LineStream, OneLog
 from common.tasks import Supervisor
 from common.wire import LogChunk, LogRequest
@@ -105,7 +105,10 @@ class LogView:
         self._tail: deque[LogEntry] | None = deque() if is_cut else None
 
     async def entries(self) -> AsyncIterator[list[LogEntry]]:
-        """Batches of entries until the end, or for ever. Raises: HerderError when none of the logs can be read."""
+        """Batches of entries until the end, or for ever.
+
+        Raises: Unavailable when the head is stopping, HerderError when none of the logs can be read.
+        """
         chosen = list(self._choose())
         tasks = Supervisor("log view")
         try:
@@ -125,6 +128,8 @@ class LogView:
         revision = self._revision()
         while True:
             self._news.clear()
+            if self._broker.is_closing:
+                raise Unavailable("the head is stopping")
             # Before the first news of any log it may still turn out that there is nothing but an error to tell.
             may_speak = self._has_begun or self._is_waiting or not self._logs
             batch = self._take_ready() if may_speak else None

@@ -127,7 +127,7 @@ class Sessions:
 
     def __init__(self, driver: Driver, clock: FineClock, ids: IdSource, *, is_tls: bool = False) -> None:
         self.counts: Counter[str] = Counter()  # frames by kind and direction, refusals: read by the metrics
-        self.logs = LogBroker(driver.state, ids, self.send)
+        self.logs = LogBroker(driver.state, ids, self.send, lambda session_id: session_id in self._open)
         self.clocks = Clocks(clock, self.send, driver.post)
         self.live = Live(driver.state)
         self._driver = driver
@@ -181,7 +181,7 @@ class Sessions:
 
     async def close(self, timeout_s: float = 5.0) -> None:
         """Ends every session with "service restart"; agents come back spread over the time they were told."""
-        self._is_closing = True
+        self._is_closing = self.logs.is_closing = True
         for session in tuple(self._waiting):
             session.abort()
         for session in tuple(self._open.values()):

@@ -15,7 +15,7 @@ from aiohttp import web
 from msgspec import Meta
 
 from common import limits
-from common.errors import HerderError, InvalidValue
+from common.errors import HerderError, InvalidValue, Unavailable
 from common.logs import own
 from head.api.call import Call
 from head.api.routes import PREFIX, Media, Query, Route
@@ -225,6 +225,8 @@ async def _stream(
                     return response
                 await _write(response, piece)
             await _write(response, last_words(""))
+        except Unavailable:
+            call.cut()  # without an end: whoever can go on with the next head does
         except HerderError as error:
             await _write(response, last_words(f"the log ends here: {error.message}"))
         except (ConnectionError, TimeoutError):
