@@ -16,7 +16,7 @@ def summary_csv(benchmark: Mapping[str, Any]) -> str:
     """One line per point of a benchmark's view: what was varied, how it ended, its figures."""
     points = benchmark.get("points") or []
     changed = list(dict.fromkeys(name for point in points for name in point["changes"]))
-    figures = list(dict.fromkeys(name for point in points for name in point["figures"]))
+    figures = list(dict.fromkeys(name for point in points for name in point["figures"] if name != "coverage"))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*_POINT_COLUMNS, *(f"load.{name}" for name in changed), *figures])
@@ -28,7 +28,7 @@ def summary_csv(benchmark: Mapping[str, Any]) -> str:
                 point["status"],
                 str(point["is_valid"]).lower(),
                 " ".join(point["reasons"]),
-                f"{point['coverage']:.6g}",
+                _cell(float(point["figures"].get("coverage", point["coverage"]))),
                 f"{point['skew_ms']:.3f}",
                 *(_cell(point["changes"].get(name)) for name in changed),
                 *(_cell(point["figures"].get(name)) for name in figures),
