@@ -67,8 +67,8 @@ def _say_again(turn: Turn, command: wire.Command, task: Task | None) -> bool:
     if outcome is None or outcome.result.generation != command.generation:
         return False
     if isinstance(task, RunTask):
-        if outcome.is_acked:
-            return False
+        if outcome.is_acked or (isinstance(command.body, wire.EndRun) and command.body.how == "forget"):
+            return False  # the outcome may be that of `finish`
         turn.say(outcome.result)
         return True
     is_removal = isinstance(command.body, wire.DropCopy | wire.StopReplica)

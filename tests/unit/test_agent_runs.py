@@ -116,6 +116,11 @@ class TestLoad:
         node.wait(600_000)
         assert node.run_spawns == [(RUN, 3)]
 
+    def test_old_words_of_a_process(self, node: Node) -> None:
+        """What a process said before it began does not lead its run back."""
+        running(node).post(ev.RunSaid(RUN, 3, "armed", digest="d1"))
+        assert node.run_state() == "running"
+
     def test_no_process_at_all(self, node: Node) -> None:
         """A run whose process cannot be made fails with the reason."""
         node.command(ensure_run(), 3)
@@ -299,6 +304,30 @@ class TestEnd:
         assert (node.runs, reported(node)) == ({}, ())
         assert ("run", RUN) not in node.ledger
 
+    def test_forget_after_finish_by_the_same_number(self, node: Node) -> None:
+        """An unacknowledged `finish` does not stand for a `forget` of the same generation."""
+        running(node).command(wire.EndRun(RUN, "finish"), 3)
+        node.command(wire.EndRun(RUN, "forget"), 3)
+        assert node.runs == {}
+        assert node.run_state() == ""
+
+    def test_forget_said_twice(self, node: Node) -> None:
+        """A second `forget` while the first is under way begins nothing again, and is the one that is answered."""
+        running(node).is_eager = False
+        node.command(wire.EndRun(RUN, "forget"), 3)
+        node.command(wire.EndRun(RUN, "forget"), 4)
+        node.post(ev.RunForgotten(RUN))
+        assert len(emitted(node, fx.ForgetRun)) == 1
+        assert node.results() == [(OP, 3, "cancelled", "cancelled"), (END, 4, "ok", "")]
+
+    def test_process_ends_while_it_is_forgotten(self, node: Node) -> None:
+        """That its process is killed by the way is no failure of a run that shall be gone."""
+        running(node).is_eager = False
+        node.command(wire.EndRun(RUN, "forget"), 3)
+        node.post(ev.RunEnded(RUN, 3, ev.RunSaid(RUN, 3, "running"), exit_code=-9))
+        node.post(ev.RunForgotten(RUN))
+        assert node.results() == [(OP, 3, "cancelled", "cancelled"), (END, 3, "ok", "")]
+
     def test_forget_while_it_is_sent(self, node: Node) -> None:
         """What the head does not want any more is not sent on."""
         running(node).is_eager = False
@@ -425,6 +454,17 @@ class TestDeaths:
         assert node.runs[RUN].ended
         node.open()
         assert node.results() == [(OP, 3, "failed", "timed_out")]
+
+    def test_process_that_comes_too_late(self, node: Node) -> None:
+        """A process that is there only after its run was given up is killed."""
+        node.is_eager = False
+        node.command(ensure_run(stop_after_ms=60_000), 3)
+        node.state.processes[RUN].phase = "spawning"
+        node.wait(60_000 + limits.RUN_STOP_GRACE_MS)
+        before = len(emitted(node, fx.SignalRun))
+        node.post(ev.RunStarted(RUN, 3, 100, 7))
+        assert emitted(node, fx.SignalRun)[before:] == [fx.SignalRun(RUN, 3, is_kill=True)]
+        assert node.run_state() == "failed"
 
 
 class TestLimits:
