@@ -28,6 +28,7 @@ from agent.loadgen.engine import NS, Tick
 from agent.loadgen.order import Aim, Order, order_of, shares_of
 from agent.loadgen.run import LEAD_NS, Crew, on_signals
 from agent.loadgen.server_tokens import is_server
+from agent.loadgen.vector_store import filled
 from agent.mover.source_file import open_confined
 from agent.runs.directory import TICKS_BYTES, Fire, LoadOrder, RunDirectory, Status
 from common import limits, wire
@@ -48,7 +49,7 @@ from common.errors import (
 
 ARMED_LOOK_S = 0.025
 CANCEL_NS = 30 * NS  # after `stop_boottime_ns` answers are awaited for so long
-_FILES = ("dataset", "tokenizer", "trace", "body")
+_FILES = ("dataset", "tokenizer", "trace", "body", "vectors")
 
 
 def monotonic_of(at_boottime_ns: int) -> int:
@@ -214,15 +215,16 @@ class Runner:
             shares = shares_of(order)
         count = order.tokenizer.count if order.tokenizer is not None else None
         seconds = Seconds(self.directory.path / "ticks.jsonl", found.run, len(shares))
-        crew = Crew(shares, count_tokens=count, on_tick=seconds.take)
-        try:
-            with on_signals(lambda: self._stop(crew)):
-                self._arm(crew, order)
-                self._start(crew, self._await_fire(crew, found))
-                measured = crew.finish(lambda: self._look(crew, found))
-        finally:
-            crew.close()
-            seconds.flush()
+        with filled(order.spec, order.targets[0]):
+            crew = Crew(shares, count_tokens=count, on_tick=seconds.take)
+            try:
+                with on_signals(lambda: self._stop(crew)):
+                    self._arm(crew, order)
+                    self._start(crew, self._await_fire(crew, found))
+                    measured = crew.finish(lambda: self._look(crew, found))
+            finally:
+                crew.close()
+                seconds.flush()
         if measured.lost_workers == len(shares):
             raise RunFailed(f"no process of the load generator came to its end: {'; '.join(measured.said)[:500]}")
         self._keep(order, measured)
