@@ -123,7 +123,8 @@ def test_answers_that_are_none(answer: object) -> None:
 def test_a_server_that_cannot_be_asked() -> None:
     """Said before the run begins, with the address; the headers of the measured server stay there."""
     with tokenizing() as (url, _):
-        made = server_tokens.server_of("server:" + url, parse_url("http://127.0.0.1:1", CHAT, headers=[("Authorization", "Bearer secret")]), ("/v1",), "m")
+        target = parse_url("http://127.0.0.1:1", CHAT, headers=[("Authorization", "Bearer secret")])
+        made = server_tokens.server_of("server:" + url, target, ("/v1",), "m")
         assert made.headers == ()
     with pytest.raises(ValueError, match="cannot be asked"):
         made.count("x")
