@@ -186,7 +186,8 @@ class EngineWatch:
 
     def join(self, timeout_s: float) -> None:
         """Waits that long for its end."""
-        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         while not self._stop.wait(self._schedule.wait_s()):

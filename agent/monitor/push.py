@@ -65,8 +65,10 @@ class Pusher:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends, and deletes the group; waits no longer than DELETE_END_S."""
+        """Ends, and deletes the group if it ever pushed; waits no longer than DELETE_END_S."""
         self._stop.set()
+        if self._thread.ident is None:
+            return
         deadline_s = time.monotonic() + DELETE_END_S
         if self._thread.is_alive():
             self._thread.join(TIMEOUT_S)

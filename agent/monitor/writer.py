@@ -62,7 +62,10 @@ class Writer:
     def close(self) -> None:
         """Writes what waits and completes the files; waits END_S for a disk that does not answer."""
         self._stop.set()
-        if self._thread.is_alive():
+        if self._thread.ident is None:
+            for number, sink in enumerate(self._sinks):
+                self._guard(number, sink, sink.close)
+        elif self._thread.is_alive():
             self._thread.join(END_S)
             if self._thread.is_alive():
                 log.error("the files are not complete: a disk does not answer")
