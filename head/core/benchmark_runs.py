@@ -82,6 +82,7 @@ def lose(turn: Turn, run: Run, error: ErrorInfo, *, state: str = "lost") -> None
 def drop(turn: Turn, run: Run) -> None:
     """The object goes; whoever still has the run is told when he reports it."""
     turn.delete("run", run.id, "run_forgotten")
+    turn.touch("benchmark", run.benchmark)
 
 
 def part_of(run: Run) -> Part:
