@@ -1,0 +1,107 @@
+"""The benchmark recipes that come with Herder, and the page that explains every field of one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+
+from common.bench import recipe as recipes
+from common.bench.recipe import BenchmarkRecipe, Load, Monitor, Search, Serve, Server, Slo
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "recipes" / "benchmark"
+PAGE = (ROOT / "docs" / "benchmarking.md").read_text()
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+def test_there_are_some() -> None:
+    """All parse, under the name of their file, and the page's table names each."""
+    found = recipes.load_benchmarks(FOLDER)
+    assert {name: path for name, (_, path) in found.items()} == {path.stem: path.name for path in FILES}
+    assert len(found) >= 7
+    told = PAGE.partition("## Recipes")[2].partition("\n```yaml")[0]
+    assert set(re.findall(r"`([a-z-]+)`", "".join(re.findall(r"^\| (`.*?) \|", told, re.MULTILINE)))) == set(found)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_recipe_explains_itself(path: Path) -> None:
+    """Each says what it is for, how it is run, and comments on its values; its own name stands in the command."""
+    text = path.read_text()
+    name = yaml.safe_load(text)["name"]
+    assert text.startswith("# ")
+    assert f"herder benchmarks run {name}" in text
+    assert len(re.findall(r"\S +# \S", text)) >= 3
+    assert recipes.parse(text).description.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("smoke", lambda r: (r.load.until_s or 99) <= 30 and not r.sweep),
+        ("throughput-latency", lambda r: len(r.sweep["rate"]) >= 5 and r.repetitions >= 3),
+        ("saturation", lambda r: r.search is not None and r.slo is not None),
+        ("mlperf-server", lambda r: r.mlperf == "server" and r.load.duration >= 600 and r.load.arrivals == "poisson"),
+        ("mlperf-offline", lambda r: r.mlperf == "offline" and r.load.requests >= 24_576 and r.load.is_offline),
+        ("conversations", lambda r: r.load.turns > 1 and len(r.sweep["prefix_tokens"]) == 2),
+        ("embeddings", lambda r: r.load.api == "embeddings" and r.load.batch > 1),
+    ],
+)
+def test_it_asks_what_it_says(name: str, check: Any) -> None:
+    """What makes each of them what its name promises."""
+    assert check(recipes.parse((FOLDER / f"{name}.yaml").read_text()))
+
+
+def test_the_pages_example_is_a_recipe() -> None:
+    """The whole one in the text parses, with the points that its sweep makes."""
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    assert len(recipes.points_of(recipes.parse(text))) == 6
+
+
+def told(default: Any) -> str:
+    """A default as the page writes it."""
+    if default is msgspec.NODEFAULT:
+        return "required"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    if isinstance(default, msgspec.Struct):
+        return "see below"
+    if default is None:
+        return "none"
+    if default == "":
+        return "empty"
+    if isinstance(default, tuple):
+        return "`[]`"
+    return f"`{default:g}`" if isinstance(default, int | float) else f"`{default}`"
+
+
+@pytest.mark.parametrize(
+    ("title", "structs"),
+    [
+        ("The whole", [BenchmarkRecipe]), ("server", [Server, Serve]), ("load", [Load]), ("monitor", [Monitor]),
+        ("slo", [Slo]), ("search", [Search]),
+    ],
+)  # fmt: skip
+def test_every_field_is_explained(title: str, structs: list[type[msgspec.Struct]]) -> None:
+    """The page's tables are the recipe's fields, in their order, each with its default and a meaning."""
+    chapter = PAGE.partition(f"\n### {title}\n")[2].partition("\n### ")[0].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+) \|$", chapter, re.MULTILINE)
+    wanted = []
+    for struct in structs:
+        for field in msgspec.structs.fields(struct):
+            default = field.default
+            if default is msgspec.NODEFAULT and field.default_factory is not msgspec.NODEFAULT:
+                default = field.default_factory()
+            wanted.append((field.encode_name, told(default)))
+    assert [(name, default) for name, default, _ in rows] == wanted
+
+
+def test_what_can_be_varied_is_named() -> None:
+    """The page names every field that a sweep takes, and the limits of a recipe."""
+    (line,) = [line for line in PAGE.splitlines() if line.startswith("| `sweep` |")]
+    assert set(re.findall(r"`(\w+)`", line)) == {"sweep", "load", *recipes.SWEPT}
+    assert f"at most {recipes.MAX_POINTS} points" in line
