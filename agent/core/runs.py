@@ -253,7 +253,7 @@ def ended(turn: Turn, event: RunEnded) -> None:
             turn.state.processes[event.run] = RunProcess()
             turn.touch("run", event.run)
         return
-    if process.phase == "unknown" and not event.was_there and not task.pid:
+    if process.phase == "unknown" and not (event.was_there or task.pid or process.is_rebooted):
         process.phase = "none"  # the agent before us ended before it made one
         turn.touch("run", task.key)
         return
@@ -266,10 +266,12 @@ def ended(turn: Turn, event: RunEnded) -> None:
         turn.put(replace(task, state="uploading", ended_ms=turn.now_ms), "run_ended", cause=task.op_id)
         return
     error = last.error if last is not None and last.state == "failed" and last.error is not None else None
-    _fail(turn, task, error or event.error or _gone(task, event.exit_code))
+    _fail(turn, task, error or event.error or _gone(task, process, event.exit_code))
 
 
-def _gone(task: RunTask, exit_code: int | None) -> ErrorInfo:
+def _gone(task: RunTask, process: RunProcess, exit_code: int | None) -> ErrorInfo:
+    if process.is_rebooted:
+        return errors.RunFailed("the node was rebooted in the middle of the run").info()
     name = "the load generator" if task.order.kind == "load" else "the monitor"
     if exit_code is None:
         how = "is gone; nobody saw how it ended"
@@ -330,15 +332,13 @@ def _task_of(state: State, run: str, generation: int) -> RunTask | None:
 
 # time
 def attach_all(turn: Turn, *, is_rebooted: bool) -> None:
-    """After a start: looks for the processes of the agent before us; after a reboot there are none."""
+    """After a start: looks for the processes of the agent before us; after a reboot for what they left."""
     for task in list(turn.state.runs.values()):
         if task.desired == "absent" or task.state not in AT_WORK:
             turn.touch("run", task.key)
-        elif is_rebooted:
-            gone = replace(task, pid=0, start_ticks=0)
-            _fail(turn, gone, errors.RunFailed("the node was rebooted in the middle of the run").info())
         else:
-            turn.state.process(task.key).phase = "unknown"
+            process = turn.state.process(task.key)
+            process.phase, process.is_rebooted = "unknown", is_rebooted
             turn.emit(AttachRun(task.key, task.generation, task.order.kind, task.pid, task.start_ticks))
 
 

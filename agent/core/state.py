@@ -63,6 +63,7 @@ class RunProcess:
 
     phase: str = "none"
     is_told: bool = False  # that it shall finish
+    is_rebooted: bool = False  # the machine was, so that only its files can be found
     again_ms: int = 0  # when forgetting is tried again, Herder time; 0: it is under way
 
 

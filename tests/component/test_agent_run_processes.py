@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from agent import procs
+from agent.runs.directory import Identity
 from common import limits, wire
 from common.bench.outcome import Outcome
 from common.bench.records import WIDTH
@@ -133,6 +134,25 @@ async def test_worker_is_killed_before_the_start(tmp_path: Path, door: Door) -> 
         result = await agent.result()
         assert result.error is not None
         assert "before the start" in result.error.message
+
+
+async def test_node_is_rebooted(tmp_path: Path, door: Door) -> None:
+    """A run that a reboot cut off has failed, and its log still tells how far it was."""
+    async with rig(tmp_path, door, boot_id="boot-before") as agent:
+        await agent.armed(spec={"duration": 60.0})
+        agent.command(fire())
+        await agent.is_in("running")
+        directory = agent.directory()
+    procs.kill_all(0, str(directory.path), within_s=5)
+    identity = directory.read("pid.json", Identity)
+    assert identity is not None
+    directory.write("pid.json", Identity("boot-before", identity.pid, identity.ticks))
+    async with rig(tmp_path, door) as agent:
+        result = await agent.result()
+        assert result.error is not None
+        assert (result.error.code, "rebooted" in result.error.message) == ("run_failed", True)
+        assert any("running" in line for line in result.detail["last_log"])
+        assert agent.members() == []
 
 
 async def test_forget_ends_everything(tmp_path: Path, door: Door) -> None:

@@ -197,14 +197,14 @@ class Rig:
 
 @asynccontextmanager
 async def rig(
-    root: Path, door: Door, *, file_roots: tuple[str, ...] = (), allow_link_local: bool = False
+    root: Path, door: Door, *, file_roots: tuple[str, ...] = (), allow_link_local: bool = False, boot_id: str = ""
 ) -> AsyncIterator[Rig]:
     """An agent's runs; leaving it is what the end of an agent process is to them."""
     os.makedirs(root, exist_ok=True)
     made = Rig(root, door, file_roots=file_roots, allow_link_local=allow_link_local)
     await made.runs.start(set(made.state.runs))
     made.tasks.start("driver", made.driver.run())
-    made.driver.post(ev.AgentStarted(procs.boot_id(), str(root / "store/models")))
+    made.driver.post(ev.AgentStarted(boot_id or procs.boot_id(), str(root / "store/models")))
     made.driver.post(ev.SessionOpened("s", "n1", wire.Welcome(1, "c", 1, "s", 60_000, 5_000, 0, "")))
     try:
         yield made

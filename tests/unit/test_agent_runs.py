@@ -417,6 +417,25 @@ class TestDeaths:
         (result,) = node.take(wire.Result)
         assert result.error is not None
         assert (result.error.code, "rebooted" in result.error.message) == ("run_failed", True)
+        assert result.detail["last_log"] == ["last words"]
+
+    def test_reboot_before_there_was_a_process(self, node: Node) -> None:
+        """What was ordered before a reboot is not begun after it: its start is long over."""
+        node.command(ensure_run(), 3)
+        node.runs.clear()
+        node.ledger[("run", RUN)] = replace(node.state.runs[RUN], order=ensure_run(), pid=0)
+        node.reboot()
+        node.open()
+        assert node.results() == [(OP, 3, "failed", "run_failed")]
+        assert node.run_spawns == [(RUN, 3)]
+
+    def test_reboot_after_the_end(self, node: Node) -> None:
+        """A run that was over when the machine went down is whole, and is sent."""
+        running(node)
+        node.runs[RUN].said = ev.RunSaid(RUN, 3, "ended")
+        node.reboot()
+        node.open()
+        assert node.results() == [(OP, 3, "ok", "")]
 
     def test_reboot_while_it_was_sent(self, node: Node) -> None:
         """What was measured is on the disk, and is still sent."""
