@@ -269,6 +269,7 @@ class Daemon:
     async def _close_door(self) -> None:
         await self._door.shut()
         self.context.feed.close()
+        self.context.sessions.live.close()
         await self.context.sessions.close()
         await self._tasks.close()
 

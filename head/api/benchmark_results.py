@@ -22,7 +22,7 @@ from head.api.routes import PREFIX, REST, ListOf, Media, Query, Route
 from head.bench.questions import Export
 from head.bench.store import LOAD_FILE, REPORT_FILE
 from head.bench.summary import summary_csv
-from head.core.benchmark_facts import points_of
+from head.core.benchmark_facts import is_ended, points_of
 from head.core.objects import Benchmark
 from herder import types as api
 
@@ -69,7 +69,7 @@ async def _point_report(call: Call, benchmark: Benchmark, number: int, wanted: s
     target = folder / f".export-{secrets.token_hex(6)}"
     try:
         question = Export(str(folder / LOAD_FILE), str(folder / REPORT_FILE), str(target), wanted)
-        await performer.judges.ask(question, int)
+        await performer.clerks.ask(question, int)
         file = await asyncio.to_thread(target.open, "rb")
     finally:
         await asyncio.to_thread(_unlink, target)
@@ -137,7 +137,8 @@ async def live(call: Call) -> web.StreamResponse:
                 await _in_time(response.write(b": still here\n\n"))
         known = call.state.benchmarks.get(benchmark.id)
         status = known.state if known is not None else "deleted"
-        await _in_time(response.write(b"event: end\ndata: %s\n\n" % _encoder.encode({"status": status})))
+        if known is None or is_ended(known):  # else the head stops, and the reader comes back to the next one
+            await _in_time(response.write(b"event: end\ndata: %s\n\n" % _encoder.encode({"status": status})))
     except (ConnectionError, TimeoutError):
         call.cut()  # the reader is gone or takes nothing
     finally:

@@ -118,7 +118,7 @@ async def _recipe(call: Call, asked: api.CreateBenchmark) -> BenchmarkRecipe:
     except KeyError:
         raise _unknown(call.state, asked.recipe) from None
     try:
-        plain = await performer_of(call).judges.ask(Check(document), dict, timeout_s=CHECK_S)
+        plain = await performer_of(call).clerks.ask(Check(document), dict, timeout_s=CHECK_S)
     except TimedOut:
         raise InvalidRecipe(
             f"the recipe's schedules are not drawn within {CHECK_S:g} s", hint="fewer points, or shorter ones"

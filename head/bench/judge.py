@@ -34,11 +34,11 @@ _NOT_FOR_CHILDREN = ("PYTHONPATH", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_P
 class Judges:
     """Asks children."""
 
-    def __init__(self, *, answer_s: float = limits.JUDGE_S, memory_bytes: int = 0) -> None:
+    def __init__(self, *, answer_s: float = limits.JUDGE_S, memory_bytes: int = 0, at_once: int = AT_ONCE) -> None:
         """memory_bytes 0: JUDGE_BYTES, and at most half of the machine's."""
         self._answer_s = answer_s
         self._memory_bytes = memory_bytes or min(limits.JUDGE_BYTES, _machine_bytes() // 2)
-        self._turns = asyncio.Semaphore(AT_ONCE)
+        self._turns = asyncio.Semaphore(at_once)
         self.waiting = 0
 
     async def ask(self, question: AnyQuestion, answer: type[T], *, timeout_s: float = 0.0) -> T:

@@ -71,8 +71,8 @@ class Reader:
 
     @property
     def is_over(self) -> bool:
-        """Whether the benchmark has ended and everything of it was read."""
-        return not self._ticks and self._owner.has_ended(self.benchmark)
+        """Whether everything was read that will come: the benchmark has ended, or the head stops."""
+        return not self._ticks and (self._owner.is_closed or self._owner.has_ended(self.benchmark))
 
     def close(self) -> None:
         """Watches no more."""
@@ -93,6 +93,14 @@ class Live:
         self._readers: dict[str, set[Reader]] = {}
         self._count = 0
         self.dropped = 0
+        self.is_closed = False
+
+    def close(self) -> None:
+        """Lets every reader go: the head stops."""
+        self.is_closed = True
+        for readers in self._readers.values():
+            for reader in readers:
+                reader.wake()
 
     def take(self, node: str, tick: RunTick, now_ms: int) -> None:
         """What a load node did in a second. Of a run that is not its own, or nonsense, is dropped."""

@@ -18,10 +18,11 @@ from common.errors import DiskFull, ErrorInfo, HerderError, Internal
 from common.tasks import Supervisor
 from common.telemetry import fields
 from head.api import render_benchmarks
+from head.api.render import without_secrets
 from head.bench.judge import Judges
 from head.bench.live import Live
 from head.bench.questions import Judge, Judged, PartFile, Write
-from head.bench.store import LOAD_FILE, Store
+from head.bench.store import BENCHMARK_FILE, LOAD_FILE, Store
 from head.bench.uploads import Uploads
 from head.core import benchmark_facts
 from head.core.effects import JudgePoint, MeasureClock, RemoveBenchmark, WriteBenchmark
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 LOGS_AT_ONCE = 8
+CLERKS = 4
 LOG_S = 120.0
 CLOCKS_APART_MS = 60_000  # a node's wall clock may be so far behind, and its lines are of the benchmark still
 SWEEP_S = 1.0
@@ -46,6 +48,7 @@ class Performer:
     def __init__(self, driver: Driver, sessions: Sessions, store: Store, judges: Judges | None = None) -> None:
         self.store = store
         self.judges = judges or Judges()
+        self.clerks = Judges(at_once=CLERKS)  # for people, who do not wait behind a long judgement
         self.uploads = Uploads(store)
         self._driver = driver
         self._sessions = sessions
@@ -65,9 +68,14 @@ class Performer:
 
     async def start(self) -> None:
         """Removes what a crash left behind; from then on effects are performed."""
-        gone = await asyncio.to_thread(self.store.remove_leftovers, set(self._driver.state.benchmarks))
+        gone, strange = await asyncio.to_thread(self.store.remove_leftovers, set(self._driver.state.benchmarks))
         if gone:
-            log.warning("results of unknown benchmarks were removed", extra=fields(benchmarks=gone))
+            log.warning("what was left of unknown benchmarks was removed", extra=fields(folders=gone))
+        if strange:
+            log.warning(
+                "results of benchmarks that this head does not know are kept; remove them by hand when you want",
+                extra=fields(count=len(strange), first=strange[0], folder=str(self.store.root)),
+            )
         self._tasks.start("live", self._sweep())
 
     async def close(self) -> None:
@@ -179,7 +187,7 @@ class Performer:
         plain = render_benchmarks.as_ended(view, benchmark, self._driver.clock.now_ms())
         folder = self.store.folder(benchmark.id)
         body = await asyncio.to_thread(msgspec.json.encode, plain)
-        await asyncio.to_thread(self.store.write, folder / "benchmark.json", body)
+        await asyncio.to_thread(self.store.write, folder / BENCHMARK_FILE, body)
         await self.judges.ask(Write(str(folder), plain), list[str])
 
     async def _collect_logs(self, benchmark: Benchmark) -> None:
@@ -229,7 +237,7 @@ def _about(benchmark: Benchmark, point: Point) -> dict[str, Any]:
     """What stands in a point's report beside what was measured."""
     return {
         "benchmark": {"id": benchmark.id, "name": benchmark.name, "created_ms": benchmark.created_ms},
-        "recipe": benchmark.recipe,
+        "recipe": render_benchmarks.open_recipe(benchmark.recipe),
         "recipe_sha256": benchmark.recipe_sha256,
         "point": {
             "number": point.number,
@@ -240,7 +248,7 @@ def _about(benchmark: Benchmark, point: Point) -> dict[str, Any]:
             "fire_ms": point.fire_ms,
             "coverage": point.coverage,
             "skew_ms": point.skew_ms,
-            "urls": point.urls,
+            "urls": [without_secrets(url) for url in point.urls],
         },
         "facts": benchmark.facts,
     }

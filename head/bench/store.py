@@ -26,12 +26,13 @@ from common.errors import DiskFull, HerderError, Internal, InvalidName, NotFound
 from common.fsio import allocate, make_directories, sync_directory, write_atomic
 
 FOLDER = "benchmarks"
+BENCHMARK_FILE = "benchmark.json"  # written with the rest of a whole result
 LOAD_FILE = "load.bin"  # a run as its load node sent it, and a point as it was merged
 REPORT_FILE = "report.json"
 FILES_LISTED = 100_000
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _ARTIFACT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_TOP = frozenset({"benchmark.json", "report.html", "summary.csv"})
+_TOP = frozenset({BENCHMARK_FILE, "report.html", "summary.csv"})
 _FOLDERS = {"points": 3, "runs": 3, "logs": 2}  # how many names a path below has in all
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -156,23 +157,25 @@ class Store:
         """Deletes a benchmark's files. After a crash in the middle the next start goes on with it."""
         self._remove(self.folder(benchmark))
 
-    def remove_leftovers(self, known: Collection[str]) -> int:
-        """At the start: deletes parts of files, and the folders of benchmarks that the journal does not know.
+    def remove_leftovers(self, known: Collection[str]) -> tuple[int, list[str]]:
+        """At the start: deletes parts of files, and what is left of benchmarks that the journal does not know.
 
-        Returns how many folders went.
+        A whole result that it does not know stays where it is: a restored backup is older than the nights since, and
+        nobody asked for those to go. Returns how many folders went, and the names of those whole results.
         """
-        if not self.root.is_dir():
-            return 0
-        gone = 0
-        for entry in list(os.scandir(self.root)):
+        gone, strange = 0, []
+        for entry in list(os.scandir(self.root)) if self.root.is_dir() else ():
             path = Path(entry.path)
             if entry.name not in known:
+                if (path / BENCHMARK_FILE).is_file() and not entry.name.startswith("."):
+                    strange.append(entry.name)
+                    continue
                 self._remove(path)
                 gone += 1
             elif entry.is_dir(follow_symlinks=False):
                 for part in path.rglob(".*"):
                     part.unlink(missing_ok=True)
-        return gone
+        return gone, sorted(strange)
 
     def _remove(self, path: Path) -> None:
         if path.is_symlink() or not path.is_dir():

@@ -372,7 +372,7 @@ class TestResults:
 
                     raise DiskFull("the head's disk is full")
 
-                monkeypatch.setattr(performer.judges, "ask", full)
+                monkeypatch.setattr(performer.clerks, "ask", full)
                 answer = await head.call("GET", "/benchmarks/bench-done/report?point=0&format=vllm")
                 assert (answer.status, answer.code) == (507, "disk_full")
 
@@ -410,6 +410,20 @@ class TestLive:
                 await head.put(msgspec.structs.replace(made, state="completed"))
                 assert [tick async for tick in stream] == []
                 assert live.watched("bench-live") == 0
+
+        run(test)
+
+    def test_a_head_that_stops_does_not_say_that_it_has_ended(self, tmp_path: Path) -> None:
+        """The stream just ends: the reader comes back to the next head."""
+
+        async def test() -> None:
+            async with running(tmp_path) as head:
+                await ended(head, "bench-live", state="running")
+                watching = asyncio.create_task(head.call("GET", "/benchmarks/bench-live/live"))
+                live = head.context.sessions.live
+                await until(lambda: live.watched("bench-live") == 1)
+                live.close()
+                assert b"event: end" not in (await watching).body
 
         run(test)
 

@@ -19,7 +19,7 @@ from head import log_broker
 from head import sessions as sessions_module
 from head.auth import hash_secret, new_token
 from head.core import events as ev
-from head.core.objects import ApiKey, Meta, Replica
+from head.core.objects import ApiKey, Benchmark, Meta, Replica, Run
 from head.core.state import Live, State
 from head.core.turn import Turn
 from head.driver import Driver
@@ -265,6 +265,42 @@ async def test_a_revoked_key_ends_its_sessions() -> None:
         await agent.say(wire.Lease(1, 1))
         error, _, _ = await refused(agent)
         assert error.code == "unauthenticated"
+
+
+async def test_a_clock_is_asked_and_told() -> None:
+    """Questions go out over the session, answers come back as one estimate; another node's answers are nothing."""
+    async with running() as head:
+        agent, other = await head.join(), await head.join("n2")
+        session = head.state.live["n1"].session_id
+        head.sessions.clocks.measure("n1", session)
+        for number in range(limits.CLOCK_ASKS):
+            asked = await agent.hear()
+            assert isinstance(asked, wire.ClockAsk)
+            await other.say(wire.ClockTold(asked.asked_ns, 1))
+            await agent.say(wire.ClockTold(asked.asked_ns, 5_000_000_000 + number))
+        await until(lambda: head.seen(ev.ClockMeasured))
+        (measured,) = head.seen(ev.ClockMeasured)
+        assert isinstance(measured, ev.ClockMeasured)
+        assert (measured.node, measured.session_id, measured.bound_ns) == ("n1", session, 0)  # time stands still here
+        assert 0 <= measured.offset_ns + NOW_MS * 1_000_000 - 5_000_000_000 < limits.CLOCK_ASKS
+
+
+async def test_seconds_of_runs_reach_who_watches() -> None:
+    """A tick of a node's own run is shown; of another node's run it is dropped, and the session goes on."""
+    async with running() as head:
+        head.state.benchmarks["b"] = Benchmark("b", "b", {}, "", "me", "running", 1, 1, "c")
+        head.state.runs["b.0.0"] = Run("b.0.0", "b", "n1", "load", 1, "fired", "running", "c", 1, 0, 0, 1)
+        agent, other = await head.join(), await head.join("n2")
+        reader = head.sessions.live.watch("b")
+        await other.say(wire.RunTick("b.0.0", 1.0, sent=99))
+        await until(lambda: head.sessions.live.dropped == 1)
+        await agent.say(wire.RunTick("b.0.0", 1.0, sent=4))
+        tick = await reader.next(20)
+        assert tick is not None
+        assert (tick.benchmark, tick.at_s, tick.sent) == ("b", 1.0, 4)
+        assert len(head.sessions) == 2
+        assert head.sessions.key_of("n1") == "key-agent"
+        assert head.sessions.key_of("n9") == ""
 
 
 async def test_a_lost_connection_is_reported_once() -> None:

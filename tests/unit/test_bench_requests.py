@@ -136,16 +136,17 @@ class TestStore:
         opened.close()
 
     def test_removal_and_leftovers(self, tmp_path: Path) -> None:
-        """A benchmark goes with its files; at the start unknown ones go, and parts of files of those that stay."""
+        """A benchmark goes with its files; at the start what is left of unknown ones goes, but for whole results."""
         store = Store(tmp_path)
         for name in ("bench-1", "bench-2", "bench-3"):
             store.write(store.folder(name) / "benchmark.json", b"{}")
         store.incoming("bench-2", "r", "load.bin", 5)  # a crash comes here
         (store.root / ".removed-x").mkdir()
+        store.incoming("bench-4", "r", "load.bin", 5).commit()  # of a benchmark that never ended
         store.remove("bench-1")
         assert not store.folder("bench-1").exists()
-        assert store.remove_leftovers({"bench-2"}) == 2
-        assert sorted(entry.name for entry in store.root.iterdir()) == ["bench-2"]
+        assert store.remove_leftovers({"bench-2"}) == (2, ["bench-3"])
+        assert sorted(entry.name for entry in store.root.iterdir()) == ["bench-2", "bench-3"]
         assert [path.name for path in store.run("bench-2", "r").iterdir()] == []
         store.remove("bench-1")  # again, as after a crash
 
