@@ -19,6 +19,7 @@ from common.nesting import is_deeper
 ERROR_CHARS = 2_000
 DETAIL_BYTES = 65_536
 ID_CHARS = 128
+RUNS_REPORTED = 1_000  # far more than run at a time: what was not acknowledged is said again
 INVENTORY_BYTES = 262_144
 _CODE = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _IDENTITY = re.compile(r"[0-9a-f]{64}")
@@ -109,8 +110,14 @@ def _tame_result(result: wire.Result) -> wire.Result:
 
 
 def _tame_report(report: wire.Report) -> wire.Report:
-    if len(report.replicas) > 2 * limits.REPLICAS_PER_NODE or len(report.copies) > limits.COPIES_PER_NODE:
+    if (
+        len(report.replicas) > 2 * limits.REPLICAS_PER_NODE
+        or len(report.copies) > limits.COPIES_PER_NODE
+        or len(report.runs) > RUNS_REPORTED
+    ):
         raise InvalidRequest("a report names more than a node can hold")
+    if report.runs:
+        report = _replace(report, runs=tuple(map(_tame_run, report.runs)))
     if all(copy.error is None for copy in report.copies) and all(
         replica.error is None and not replica.last_log for replica in report.replicas
     ):
@@ -119,6 +126,12 @@ def _tame_report(report: wire.Report) -> wire.Report:
         copy if copy.error is None else _replace(copy, error=tame_error(copy.error)) for copy in report.copies
     )
     return _replace(report, copies=copies, replicas=tuple(map(_tame_replica, report.replicas)))
+
+
+def _tame_run(status: wire.RunStatus) -> wire.RunStatus:
+    if len(status.run) > 2 * ID_CHARS or len(status.digest) > ID_CHARS or not status.digest.isascii():
+        raise InvalidRequest(f"a run's id or digest is longer than {ID_CHARS} characters")
+    return status if status.error is None else _replace(status, error=tame_error(status.error))
 
 
 def _tame_replica(status: wire.ReplicaStatus) -> wire.ReplicaStatus:

@@ -38,7 +38,7 @@ def benchmark_view(state: State, benchmark: Benchmark, *, is_short: bool = False
         ended_ms=benchmark.ended_ms or None,
         load_nodes=benchmark.load_nodes,
         server_nodes=benchmark.server_nodes,
-        recipe={} if is_short else _open(benchmark.recipe),
+        recipe={} if is_short else open_recipe(benchmark.recipe),
         points=shown,
         runs=() if is_short else runs_of(state, benchmark, points),
         best=benchmark.best,
@@ -108,7 +108,7 @@ def _part_view(part: Part, kind: str, number: int, parts: int) -> api.RunView:
 
 def recipe_view(recipe: BenchmarkRecipe, path: str) -> api.BenchmarkRecipeView:
     """A benchmark recipe of the head."""
-    document = _open(msgspec.to_builtins(recipe))
+    document = open_recipe(msgspec.to_builtins(recipe))
     return api.BenchmarkRecipeView(recipe.name, recipe.description, path, sha256_of(recipe), document)
 
 
@@ -139,7 +139,7 @@ def _labels(benchmark: Benchmark) -> dict[str, str]:
     return {str(name): str(value) for name, value in labels.items()}
 
 
-def _open(document: Mapping[str, Any]) -> dict[str, Any]:
+def open_recipe(document: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe without passwords in its addresses."""
     return {name: _value(value) for name, value in document.items()}
 
@@ -148,7 +148,7 @@ def _value(value: Any) -> Any:
     if isinstance(value, str):
         return without_secrets(value)
     if isinstance(value, Mapping):
-        return _open(value)
+        return open_recipe(value)
     if isinstance(value, list | tuple):
         return [_value(entry) for entry in value]
     return value

@@ -36,7 +36,7 @@ from tests.doubles.head_shell import NOW_MS, FakeIds, SwitchJournal
 RECIPE = convert(
     {
         "name": "b",
-        "server": {"urls": ["http://h:1"]},
+        "server": {"urls": ["http://me:secret@h:1"]},
         "load": {"rate": 100, "duration": "4s"},
         "monitor": {"enabled": False},
     }
@@ -274,6 +274,7 @@ class TestPerformer:
                 report = json.loads((core.store.point("bench-1", 0) / "report.json").read_bytes())
                 assert report["point"]["seed"] == 3
                 assert report["facts"] == {"head": "1.0"}
+                assert report["recipe"]["server"]["urls"] == ["http://me:***@h:1"]
                 await until(lambda: not core.performer.busy)
                 assert sum(isinstance(event, PointJudged) for event in core.events) == 1
 

@@ -305,6 +305,28 @@ def test_recipes_are_read_again_on_sighup(tmp_path: Path, heads: list[Head]) -> 
     assert sorted(item["name"] for item in page["items"]) == ["one", "two"]
 
 
+def test_benchmark_recipes_are_read_again_on_sighup(tmp_path: Path, heads: list[Head]) -> None:
+    """As engines' recipes: a good one is taken, and with a bad one everything stays as it was."""
+    folder = tmp_path / "recipes" / "benchmark"
+    folder.mkdir(parents=True)
+    recipe = "name: {name}\nserver: {{urls: ['http://h:1']}}\nload: {{rate: 1, duration: 10s, model: m}}\n"
+    (folder / "one.yaml").write_text(recipe.format(name="one"))
+    head = Head(tmp_path / "state", HERDER_HEAD_RECIPES_DIR=str(tmp_path / "recipes"))
+    heads.append(head)
+    head.ready()
+    (folder / "two.yaml").write_text(recipe.format(name="two"))
+    head.process.send_signal(signal.SIGHUP)
+    head.read_until("recipes reloaded recipes=0 benchmarks=2")
+    (folder / "two.yaml").write_text(recipe.format(name="one"))
+    head.process.send_signal(signal.SIGHUP)
+    head.read_until("recipes were not reloaded")
+    _, page = head.call("GET", "/api/v1/benchmark-recipes")
+    assert [(item["name"], item["path"]) for item in page["items"]] == [
+        ("one", "benchmark/one.yaml"),
+        ("two", "benchmark/two.yaml"),
+    ]
+
+
 def test_tls_and_the_posture_of_an_open_head(tmp_path: Path, heads: list[Head]) -> None:
     """With TLS the door speaks TLS only; open to the network without it, the posture line says PLAIN."""
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"

@@ -29,6 +29,9 @@ async def _says(head: Head, agent: FakeAgent, frame: str) -> wire.Message | None
         ("leaving", {"reason": "x", "deadline_ms": 10**25}),
         ("log_chunk", {"request_id": "x", "offset": 1, "data": "x" * (2 * limits.LOG_CHUNK_BYTES + 1)}),
         ("result", {"op_id": "copy:x", "generation": 1, "outcome": "ok", "detail": {"x": "y" * 70_000}}),
+        ("report", {"seq": 1, "runs": [{"run": "r", "generation": 1, "state": "armed", "digest": "d" * 129}]}),
+        ("report", {"seq": 1, "runs": [{"run": "r" * 257, "generation": 1, "state": "armed"}]}),
+        ("report", {"seq": 1, "runs": [{"run": f"r{n}", "generation": 1, "state": "done"} for n in range(1_001)]}),
     ],
 )
 async def test_a_frame_out_of_range_ends_the_session(kind: str, body: dict[str, object]) -> None:
@@ -62,13 +65,17 @@ async def test_errors_of_agents_are_cut_to_size() -> None:
     error = ErrorInfo("Not A Code\x1b[31m", "m" * 100_000, details=deep)
     async with running() as head:
         agent = await head.join()
-        await agent.say(wire.Report(1, replicas=(wire.ReplicaStatus("r", 1, "failed", error=error),)))
+        replica, run = (
+            wire.ReplicaStatus("r", 1, "failed", error=error),
+            wire.RunStatus("b.0.0", 1, "failed", error=error),
+        )
+        await agent.say(wire.Report(1, replicas=(replica,), runs=(run,)))
         await until(lambda: head.seen(ev.AgentReported))
         (said,) = head.seen(ev.AgentReported)
         assert isinstance(said, ev.AgentReported)
-        found = said.report.replicas[0].error
-        assert found is not None
-        assert (found.code, len(found.message), found.details) == ("internal", frames.ERROR_CHARS, {})
+        for found in (said.report.replicas[0].error, said.report.runs[0].error):
+            assert found is not None
+            assert (found.code, len(found.message), found.details) == ("internal", frames.ERROR_CHARS, {})
 
 
 @pytest.mark.parametrize(
