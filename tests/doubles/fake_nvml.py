@@ -11,13 +11,15 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("fakenvml.c")
 
 
-def build(folder: Path, *, is_old: bool = False, gpus: int = 2) -> Path:
+def build(folder: Path, *, is_old: bool = False, gpus: int = 2, has_processes: bool = False) -> Path:
     """Compiles the double into `folder` and returns it; `is_old` leaves out what old drivers lack.
 
-    gpus: how many there are where no file of facts says otherwise.
+    gpus, has_processes: what there is where no file of facts says otherwise.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    flags = [f"-DGPU_COUNT={gpus}", *(["-DOLD_DRIVER"] if is_old else [])]
+    flags = [f"-DGPU_COUNT={gpus}"]
+    flags += ["-DOLD_DRIVER"] if is_old else []
+    flags += ["-DGPU_PROCESSES"] if has_processes else []
     library = folder / "libnvidia-ml.so.1"
     subprocess.run(["gcc", "-Wall", "-Werror", "-shared", "-fPIC", *flags, "-o", library, SOURCE], check=True)
     return folder

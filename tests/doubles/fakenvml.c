@@ -25,6 +25,7 @@
 #include <string.h>
 #include <unistd.h>
 
+/* GPU_PROCESSES: each GPU has a process, without a file */
 #ifndef GPU_COUNT
 #define GPU_COUNT 2  /* where the file does not say; without a file nothing is read, so that the double costs little */
 #endif
@@ -123,6 +124,12 @@ static void read_state(struct state *state, const char *function, int gpu) {
     state->gpus[i] = (struct gpu){.util = 10 + i, .temperature = 40 + i, .power_mw = 70000, .used = GIB,
                                   .sm_mhz = 1980, .mem_mhz = 2619, .energy_mj = 1000000 + i,
                                   .counters = {-1, -1, -1, -1}};
+#ifdef GPU_PROCESSES
+  for (int i = 0; i < state->count; i++) {
+    state->process[state->processes++] = (struct process){i, getpid(), GIB, 0};
+    state->use[state->uses++] = (struct use){i, getpid(), 50, 10, 1u << 20};
+  }
+#endif
   const char *path = getenv("FAKE_NVML_STATE");
   FILE *file = path ? fopen(path, "r") : NULL;
   if (!file) return;

@@ -57,7 +57,7 @@ def test_later_rooms_are_not_built_yet() -> None:
         for folder, rooms in re.findall(r"in `(head|agent)/` ([^;]+);", later)
         for room in re.findall(r"(\w+)(?: \([^)]*\))?", rooms)
     }
-    assert rooms == {"head/launch", "head/tuner", "head/ui", "agent/monitor"}
+    assert rooms == {"head/launch", "head/tuner", "head/ui"}
     assert not [room for room in sorted(rooms) if (ROOT / room).exists()]
 
 
