@@ -27,7 +27,7 @@ QUEUE_LINES = 10_000
 FLUSH_S = 2.0  # at the end
 AGE_CHECK_S = 600.0
 _SECRET = re.compile(
-    r"\b(hdr_[a-z]+_[A-Za-z0-9-]{1,80})_[A-Za-z0-9]{16,}|\bhf_[A-Za-z0-9]{16,}|(?<=[Bb]earer )[!-~]{8,}"
+    r"\b(hdr_[a-z]+_[A-Za-z0-9-]{1,64}_)[A-Za-z0-9_-]{16,}|\b(hf_)[A-Za-z0-9]{16,}|\b([Bb]earer )[A-Za-z0-9._~+/-]{8,}"
 )
 
 
