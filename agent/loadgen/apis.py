@@ -180,14 +180,16 @@ def read_openai_body(body: bytes, answer: Answer) -> int:
 
 
 def read_vectors(body: bytes, answer: Answer) -> int:
-    """A whole answer of embeddings or rerank."""
+    """A whole answer of embeddings (OpenAI's or Ollama's) or rerank."""
     value = _loose(body)
     _keep_error(value, answer)
     answer.input_tokens = _count(value.get("usage"), "prompt_tokens")
     if answer.input_tokens < 0:
         answer.input_tokens = _count(value.get("usage"), "total_tokens")
     answer.is_finished = True
-    if answer.error is None and not (value.get("data") or value.get("results")):
+    if answer.input_tokens < 0:
+        answer.input_tokens = _count(value, "prompt_eval_count")
+    if answer.error is None and not (value.get("data") or value.get("results") or value.get("embeddings")):
         answer.error = "an answer without data"
     return OUTPUT
 
@@ -241,6 +243,11 @@ APIS: dict[str, Api] = {
         Api("rerank", "/v1/rerank", "/rerank", "body", _no_events, read_vectors, False),
         Api("speech", "/v1/audio/speech", "/audio/speech", "body", _no_events, read_anything, False),
         Api("ollama", "/api/chat", "/api/chat", "lines", read_ollama_event, read_ollama_event, True, needs_finish=True),
+        Api(
+            "ollama-generate", "/api/generate", "/api/generate", "lines", read_ollama_event, read_ollama_event, True,
+            needs_finish=True,
+        ),
+        Api("ollama-embed", "/api/embed", "/api/embed", "body", _no_events, read_vectors, False),
         Api("http", "/", "", "body", _no_events, read_anything, False),
         Api("qdrant", "/points/query", "/points/query", "body", _no_events, read_points, False),
         Api("pgvector", "/", "", "rows", _no_events, read_anything, False),

@@ -16,10 +16,11 @@ from agent.loadgen.engine import NS, Limits, Share, Tick
 from agent.loadgen.run import run
 from agent.loadgen.server_tokens import ServerWords, is_server, server_of
 from agent.loadgen.spread import SPREADS, chooser
+from agent.loadgen.style import Style
 from agent.loadgen.target import Target, parse_postgres, parse_url
 from agent.loadgen.vector_store import filled
 from agent.loadgen.words import Tokenizer, Words
-from agent.loadgen.workload import Style, Workload, api_for, prepare
+from agent.loadgen.workload import Workload, api_for, prepare
 from common.bench import report, scenario, schedule, spec
 from common.bench.outcome import Asked, Outcome
 from common.bench.report import Report
@@ -104,7 +105,7 @@ def order_of(asked_for: LoadSpec, aim: Aim, *, part: int = 0, parts: int = 1) ->
         drawn = spec.trace_schedule(asked_for, [arrival.at_s for arrival in trace.arrivals], trace.format)
     elif asked_for.is_open:
         drawn = spec.schedule_of(asked_for)
-    style = _style(asked_for, api)
+    style = _style(asked_for, api, [made.text for made in scenarios])
     dataset = datasets.read(asked_for.dataset) if asked_for.dataset else None
     lines = [row.turns[0][0] for row in dataset.rows[:20_000]] if dataset is not None else []
     tokenizer = None
@@ -182,7 +183,7 @@ def _header(text: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
-def _style(asked_for: LoadSpec, api: Any) -> Style:
+def _style(asked_for: LoadSpec, api: Api, classes: Sequence[str]) -> Style:
     body = b""
     if asked_for.body:
         with Path(asked_for.body).open("rb") as file:
@@ -195,6 +196,7 @@ def _style(asked_for: LoadSpec, api: Any) -> Style:
         is_streaming=asked_for.stream,
         is_exact=asked_for.exact,
         parameters=dict(asked_for.parameters),
+        class_parameters=tuple(asked_for.class_parameters.get(name, {}) for name in classes),
         batch=asked_for.batch,
         prefix_tokens=max(0, asked_for.prefix_tokens),
         prefix_groups=asked_for.prefix_groups,
@@ -241,6 +243,7 @@ def _plan(
         "urls": [target.url for target in targets],
         "headers": sorted(name for name, _ in targets[0].headers),
         "parameters": dict(asked_for.parameters),
+        "class_parameters": {name: dict(own) for name, own in asked_for.class_parameters.items()},
         "scenarios": list(scenarios),
         "prepared": len(workload.items),
         "is_cut_short": workload.is_cut_short,

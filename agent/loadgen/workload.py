@@ -6,18 +6,17 @@ Nothing is drawn, counted or encoded while requests are being sent. When a run n
 
 from __future__ import annotations
 
-import base64
 import random
-import struct
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
+from agent.loadgen import bodies
 from agent.loadgen.apis import APIS, Answer, Api
 from agent.loadgen.datasets import Dataset, Row
+from agent.loadgen.style import Style
 from agent.loadgen.target import Target
 from agent.loadgen.traces import BLOCK_TOKENS, Arrival
 from agent.loadgen.words import Words
@@ -25,39 +24,14 @@ from common.bench.scenario import Scenario, Shape
 
 MAX_PREPARED_BYTES = 256 << 20
 _TASKS = {
-    "text": ("chat", "completions", "ollama"),
-    "image": ("chat",),
-    "embeddings": ("embeddings",),
+    "text": ("chat", "completions", "ollama", "ollama-generate"),
+    "image": ("chat", "ollama", "ollama-generate"),
+    "embeddings": ("embeddings", "ollama-embed"),
     "rerank": ("rerank",),
     "speech": ("speech",),
-    "dataset": ("chat", "completions", "ollama", "embeddings"),
+    "dataset": ("chat", "completions", "ollama", "ollama-generate", "embeddings", "ollama-embed"),
 }
 _API_OF_TASK = {"embeddings": "embeddings", "rerank": "rerank", "speech": "speech"}
-
-
-@dataclass(frozen=True, slots=True)
-class Style:
-    """How requests are written."""
-
-    api: Api
-    model: str
-    is_streaming: bool = True
-    is_exact: bool = True
-    """Ask for exactly as many answer tokens: min_tokens and ignore_eos beside max_tokens."""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    batch: int = 1
-    """Documents in a request of embeddings or rerank."""
-    prefix_tokens: int = 0
-    prefix_groups: int = 1
-    turns: int = 1
-    default_output_tokens: int = 128
-    """For rows of a dataset that do not say."""
-    method: str = "POST"
-    body: bytes = b""
-    """Of plain HTTP."""
-    content_type: str = "application/json"
-    wants_chunk_usage: bool = False
-    has_live_replies: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +70,7 @@ class Talk:
         tokens = self.tokens + count
         is_last = number == len(self.asked) - 1
         return Item(
-            self.maker.write(messages, self.output_tokens),
+            self.maker.write(self.class_id, messages, self.output_tokens),
             self.class_id,
             tokens,
             self.output_tokens,
@@ -205,25 +179,26 @@ class _Maker:
 
     def item(self, class_id: int, scenario: Scenario) -> Item:
         """The next request of a class."""
-        shape = scenario.sample(self.rng)
+        shape, given = scenario.sample(self.rng), bodies.given_to(self.style, class_id)
         match scenario.task:
             case "dataset":
                 row = self._row()
-                if self.style.api.name == "embeddings":
-                    return self._post(class_id, self._embeddings([row.turns[0][0]]), [row.turns[0][0]], 0)
+                if self.style.api.name in ("embeddings", "ollama-embed"):
+                    texts = [row.turns[0][0]]
+                    return self._post(class_id, bodies.embeddings(self.style, class_id, texts), texts, 0)
                 said = row.turns[: self.style.turns]
                 return self.conversation(class_id, said, row.output_tokens or self.style.default_output_tokens)
             case "embeddings":
                 texts = [self._text(shape.input_tokens) for _ in range(self.style.batch)]
-                return self._post(class_id, self._embeddings(texts), texts, 0)
+                return self._post(class_id, bodies.embeddings(self.style, class_id, texts), texts, 0)
             case "rerank":
                 query = self.words.text(shape.query_tokens, self.rng)
                 texts = [self._text(shape.input_tokens) for _ in range(self.style.batch)]
-                body = {"model": self.style.model, "query": query, "documents": texts, **self.style.parameters}
+                body = {"model": self.style.model, "query": query, "documents": texts, **given}
                 return self._post(class_id, body, [query, *texts], 0)
             case "speech":
                 text = self.words.text(shape.characters, self.rng)[: shape.characters]
-                body = {"model": self.style.model, "input": text, "voice": "alloy", **self.style.parameters}
+                body = {"model": self.style.model, "input": text, "voice": "alloy", **given}
                 return self._post(class_id, body, (), 0)
             case "image":
                 return self._image(class_id, shape)
@@ -248,15 +223,17 @@ class _Maker:
                 if number < last - 1:
                     messages.append({"role": "assistant", "content": answered})
             said = [message["content"] for message in messages]
-            body = self._question(messages, "\n\n".join(said), output_tokens)
+            body = bodies.question(self.style, class_id, messages, "\n\n".join(said), output_tokens)
             made = self._post(class_id, body, said, output_tokens, made)
         assert made is not None
         return made
 
-    def write(self, messages: list[dict[str, Any]], output_tokens: int) -> bytes:
+    def write(self, class_id: int, messages: list[dict[str, Any]], output_tokens: int) -> bytes:
         """The request of a conversation so far."""
-        text = "\n\n".join(message["content"] for message in messages) if self.style.api.name == "completions" else ""
-        return self.target.request("POST", msgspec.json.encode(self._question(messages, text, output_tokens)))
+        is_one_prompt = self.style.api.name in ("completions", "ollama-generate")
+        text = "\n\n".join(message["content"] for message in messages) if is_one_prompt else ""
+        body = bodies.question(self.style, class_id, messages, text, output_tokens)
+        return self.target.request("POST", msgspec.json.encode(body))
 
     def traced_text(self, arrival: Arrival) -> str:
         """Text of the recorded length, whose leading blocks are the same where the trace says that they are."""
@@ -294,54 +271,14 @@ class _Maker:
         prefix = self._shared(f"prefix {self.seed} {group}", self.style.prefix_tokens, shared)
         return f"{prefix} {self.words.text(tokens - shared, self.rng)}"
 
-    def _question(self, messages: list[dict[str, Any]], text: str, output_tokens: int) -> dict[str, Any]:
-        style = self.style
-        if style.api.name == "ollama":
-            options = {"num_predict": output_tokens, "temperature": 0}
-            return {
-                "model": style.model, "messages": messages, "stream": style.is_streaming, "options": options,
-                **style.parameters,
-            }  # fmt: skip
-        body: dict[str, Any] = {"model": style.model}
-        body |= {"messages": messages} if style.api.name == "chat" else {"prompt": text}
-        body |= {"max_tokens": output_tokens, "temperature": 0, "stream": style.is_streaming}
-        if style.is_streaming:
-            body["stream_options"] = {"include_usage": True}
-            if style.wants_chunk_usage:
-                body["stream_options"]["continuous_usage_stats"] = True
-        if style.is_exact:
-            body |= {"min_tokens": output_tokens, "ignore_eos": True}
-        return body | dict(style.parameters)
-
-    def _embeddings(self, texts: list[str]) -> dict[str, Any]:
-        return {"model": self.style.model, "input": texts, **self.style.parameters}
-
     def _image(self, class_id: int, shape: Shape) -> Item:
-        text = self._text(shape.input_tokens)
-        parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
-        for _ in range(shape.images):
-            data = base64.b64encode(png(shape.width, shape.height, self.rng)).decode()
-            parts.append({"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}})
-        tokens = self.style.default_output_tokens
-        return self._post(class_id, self._question([{"role": "user", "content": parts}], text, tokens), [text], tokens)
+        text, tokens = self._text(shape.input_tokens), self.style.default_output_tokens
+        images = [bodies.png(shape.width, shape.height, self.rng) for _ in range(shape.images)]
+        said = bodies.picture_message(self.style, text, images)
+        return self._post(class_id, bodies.question(self.style, class_id, [said], text, tokens), [text], tokens)
 
     def _post(
         self, class_id: int, body: dict[str, Any], said: Sequence[str], asked_tokens: int, follow: Item | None = None
     ) -> Item:
         wire = self.target.request("POST", msgspec.json.encode(body))
         return Item(wire, class_id, sum(map(self.words.count, said)), asked_tokens, follow)
-
-
-def png(width: int, height: int, rng: random.Random) -> bytes:
-    """An image that is not any other: stripes of random colours."""
-    rows = []
-    for at in range(height):
-        if at % 16 == 0:
-            stripe = b"\0" + rng.randbytes(3) * width
-        rows.append(stripe)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(b"".join(rows), 1)), (b"IEND", b""))
-    framed = (
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)

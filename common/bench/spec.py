@@ -23,6 +23,8 @@ APIS = (
     "rerank",
     "speech",
     "ollama",
+    "ollama-generate",
+    "ollama-embed",
     "http",
     "qdrant",
     "pgvector",
@@ -93,6 +95,8 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     chunk_usage: bool = False
     parameters: dict[str, Any] = {}
     """Fields of the body."""
+    class_parameters: dict[str, dict[str, Any]] = {}
+    """More of them for the requests of one scenario, by its text."""
     path: str | None = None
     method: str = "POST"
     body: str | None = None
@@ -186,6 +190,10 @@ def check(spec: LoadSpec) -> None:
         raise ValueError(f"method {spec.method!r}: GET, POST, PUT, PATCH, DELETE or OPTIONS")
     for text in spec.scenarios:
         scenario.parse(text)
+    if len(set(spec.scenarios)) < len(spec.scenarios):
+        raise ValueError("a scenario is named twice; x2 behind it gives it twice the weight")
+    if unknown := set(spec.class_parameters) - set(spec.scenarios):
+        raise ValueError(f"class_parameters: {sorted(unknown)[0]!r} is none of the scenarios")
     limits_of(spec)
     if spec.is_open and spec.trace is None:
         schedule_of(spec)

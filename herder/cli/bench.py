@@ -27,12 +27,23 @@ SPREADS = ("round-robin", "random", "all-to-all", "static")
 ARRIVALS = ("poisson", "constant", "gamma", "burst", "ramp", "steps", "spike", "sine", "trace", "offline")
 
 
+def _by_class(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        scenario, _, pair = text.partition(":")
+        name, value = KeyValue().convert(pair, param, ctx)
+        found.setdefault(scenario, {})[name] = value
+    return found
+
+
 @verb("bench", examples=EXAMPLES)
 @click.argument("targets", nargs=-1, required=True, metavar="URL...")
 @click.option("--spread", default="round-robin", type=click.Choice(SPREADS), help="How requests go to several URLs.")
 @click.option("--model", default="", help="The model's name in requests.")
 @click.option(
-    "--api", help="chat, completions, embeddings, rerank, speech, ollama, http, qdrant, pgvector; else what sizes need."
+    "--api",
+    help="chat, completions, embeddings, rerank, speech, ollama, ollama-generate, ollama-embed, http, qdrant, pgvector; "
+    "else what scenarios need.",
 )
 @click.option("--rate", type=float, help="Open loop: requests per second, sent whatever came back.")
 @click.option("--arrivals", type=click.Choice(ARRIVALS), default="poisson", help="Open loop: how arrivals are spread.")
@@ -66,6 +77,14 @@ ARRIVALS = ("poisson", "constant", "gamma", "burst", "ramp", "steps", "spike", "
 @click.option("--exact/--no-exact", default=True, help="Ask for exactly as many tokens: min_tokens, ignore_eos.")
 @click.option("--chunk-usage", is_flag=True, help="Ask for token counts with every piece (vLLM, SGLang).")
 @click.option("--param", "parameters", type=KeyValue(), multiple=True, help="A field of the body, as top_p=0.9.")
+@click.option(
+    "--class-param",
+    "class_parameters",
+    multiple=True,
+    callback=_by_class,
+    metavar="SCENARIO:NAME=VALUE",
+    help="A field of the body for one scenario's requests alone.",
+)
 @click.option("--header", "headers", multiple=True, help="A header, as 'Name: value'.")
 @click.option("--path", help="Another path than the API's.")
 @click.option("--method", default="POST", help="Plain HTTP: the method.")

@@ -229,6 +229,8 @@ def test_turns_follow_their_answers() -> None:
         ),
         ("embeddings", whole(b'{"data":[{"embedding":[0.1]}],"usage":{"prompt_tokens":5}}'), -1),
         ("rerank", whole(b'{"results":[{"index":0}],"usage":{"total_tokens":5}}'), -1),
+        ("ollama-generate", whole(b'{"response":"x","done":true,"prompt_eval_count":5,"eval_count":7}'), 7),
+        ("ollama-embed", whole(b'{"embeddings":[[0.1]],"prompt_eval_count":5}'), -1),
         ("http", whole(b"anything"), -1),
     ],
 )

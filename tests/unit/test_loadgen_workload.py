@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 
 from agent.loadgen import datasets, order, traces
 from agent.loadgen.apis import APIS
-from agent.loadgen.target import parse_url
+from agent.loadgen.bodies import png
+from agent.loadgen.style import Style
+from agent.loadgen.target import parse_postgres, parse_url
 from agent.loadgen.words import WORDS, Words
-from agent.loadgen.workload import Item, Style, api_for, png, prepare
+from agent.loadgen.workload import Item, api_for, prepare
 from common.bench.scenario import Shape, parse
 from common.bench.spec import LoadSpec
 from herder.cli.bench import _token_for, _token_for_all, command
@@ -163,6 +165,35 @@ def test_other_apis() -> None:
     assert len(zlib.decompress(image[image.index(b"IDAT") + 4 : -16])) == 4 * (1 + 8 * 3)
 
 
+def test_ollama_requests() -> None:
+    """Sampling parameters are options, fields stay fields; a prompt for generate, images beside the text."""
+    given = {"top_p": 0.5, "keep_alive": "5m", "options": {"num_ctx": 512}}
+    chat = bodies(made("D(4,7)", count=1, api="ollama", parameters=given))[0]
+    assert chat["options"] == {"num_predict": 7, "temperature": 0, "top_p": 0.5, "num_ctx": 512}
+    assert (chat["keep_alive"], chat["stream"], "top_p" in chat) == ("5m", True, False)
+    generate = bodies(made("D(4,7)", count=1, api="ollama-generate"))[0]
+    assert len(generate["prompt"].split()) == 4
+    assert "messages" not in generate
+    (message,) = bodies(made("I(8,4,2)", count=1, api="ollama"))[0]["messages"]
+    assert len(message["images"]) == 2
+    assert len(bodies(made("I(8,4,2)", count=1, api="ollama-generate"))[0]["images"]) == 2
+    embed = bodies(made("E(4)", count=1, batch=3, api="ollama-embed", parameters={"num_ctx": 9, "truncate": True}))[0]
+    assert (len(embed["input"]), embed["options"], embed["truncate"]) == (3, {"num_ctx": 9}, True)
+
+
+def test_classes_have_their_own_parameters() -> None:
+    """A class's fields stand above those of all, in its requests alone."""
+    words = ["--scenario", "D(1,1)", "--scenario", "D(2,2)x3", "--param", "top_p=0.9", "--param", "seed=1",
+             "--class-param", "D(2,2)x3:top_p=0.1", "--class-param", "D(2,2)x3:stop=[x]"]  # fmt: skip
+    prepared = order.order_of(asked("--model", "m", "--concurrency", "1", "--requests", "40", *words), AIM)
+    items = prepared.workload.items
+    for item, body in zip(items, bodies(items), strict=True):
+        own = {"top_p": 0.1, "stop": ["x"]} if item.class_id else {"top_p": 0.9}
+        assert {name: body[name] for name in ("top_p", "stop", "seed") if name in body} == own | {"seed": 1}
+    assert {item.class_id for item in items} == {0, 1}
+    assert prepared.asked.plan["class_parameters"] == {"D(2,2)x3": {"top_p": 0.1, "stop": ["x"]}}
+
+
 def test_scenarios_and_apis_must_fit() -> None:
     """What an API cannot do is refused."""
     with pytest.raises(ValueError, match="several APIs"):
@@ -288,6 +319,37 @@ def test_urls(url: str, path: str) -> None:
     assert parse_url(url, APIS["chat"]).path == path
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://h/d", "http://u@h/d", "postgresql://u:p@h/d", "postgresql://u@h/d?sslmode=prefer",
+     "postgresql://u@h:99999/d", "postgresql://u%00@h/d"],
+)  # fmt: skip
+def test_urls_that_are_no_database(url: str) -> None:
+    """Refused; a password in a URL, too."""
+    with pytest.raises(ValueError):
+        parse_postgres(url, statement="SELECT 1")
+
+
+def test_passwords_come_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The named file's, else the first line of PGPASSFILE that fits, unless others can read it; never in a repr."""
+    (tmp_path / "pass").write_text("# no:1:2:3:4\nother:5432:*:me:no\nh:*:shop:me:a\\:b\\\\c\n*:*:*:*:last\n")
+    (tmp_path / "pass").chmod(0o600)
+    monkeypatch.setenv("PGPASSFILE", str(tmp_path / "pass"))
+
+    def password(url: str, **given: Any) -> str | None:
+        target = parse_postgres(url, statement="SELECT 1", **given)
+        assert target.login is not None
+        assert target.login.password is None or target.login.password not in repr(target)
+        return target.login.password
+
+    assert password("postgresql://me@h/shop") == "a:b\\c"
+    assert password("postgresql://me@h:1/elsewhere") == "last"
+    (tmp_path / "own").write_text("named\n")
+    assert password("postgresql://me@h/shop", password_file=str(tmp_path / "own")) == "named"
+    (tmp_path / "pass").chmod(0o644)
+    assert password("postgresql://me@h/shop") is None
+
+
 @pytest.mark.parametrize("url", ["ftp://h", "http://", "http://u:p@h", "http://h:99999", "http://h/a b"])
 def test_urls_that_are_none(url: str) -> None:
     """Refused; a password in a URL, too."""
@@ -338,6 +400,16 @@ AIM = order.Aim(("http://127.0.0.1:1",))
         ("--model m --concurrency 5 --requests 5 --in-flight 3", "in_flight"),
         ("--model m --rate 5 --requests 5 --in-flight 3 --workers 4", "more workers"),
         ("--model m --rate 5000 --duration 1h", "2,000,000"),
+        ("--model m --rate 5 --requests 5 --class-param D(1,1):a=1", "none of the scenarios"),
+        ("--model m --rate 5 --requests 5 --scenario D(1,1) --scenario D(1,1)", "twice"),
+        ("--model m --rate 5 --requests 5 --points 5", "qdrant and pgvector"),
+        ("--api qdrant --rate 5 --requests 5", "needs one"),
+        ("--api qdrant --rate 5 --requests 5 --collection a/b --vector-dim 3", "not a name"),
+        ("--api qdrant --rate 5 --requests 5 --collection c", "vector_dim"),
+        ("--api qdrant --rate 5 --requests 5 --collection c --vector-dim 3 --turns 2", "no turns"),
+        ("--api qdrant --rate 5 --requests 5 --collection c --vectors v --points 3", "say their vector_dim"),
+        ("--api pgvector --rate 5 --requests 5 --collection c; --vector-dim 3", "not a name"),
+        ("--api pgvector --rate 5 --requests 5 --collection c --vector-dim 3", "postgresql://USER"),
         ("--model m --rate 5000 --requests 300000 --turns 10", "200,000"),
     ],
 )
