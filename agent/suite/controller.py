@@ -24,6 +24,7 @@ LOST_AFTER_S = 20.0
 MARGIN_S = 60.0
 POLL_S = 1.0
 TOKEN_S = 15.0
+GONE_S = 3.0
 
 
 class BaseWorkloadController:
@@ -141,7 +142,8 @@ class BaseWorkloadController:
                 "GET", self.url(node, "/metrics"), token=self.token, timeout_s=min(self.request_timeout, 10.0)
             )
         except OSError as error:
-            return {"error": reason(error), "running": False, "is_reachable": False}
+            is_gone = isinstance(error, ConnectionRefusedError)
+            return {"error": reason(error), "running": False, "is_reachable": False, "is_gone": is_gone}
         if status != 200:
             return {"error": f"answers {status}: {said.get('error')}", "running": False, "is_reachable": False}
         return said | {"is_reachable": True}
@@ -183,7 +185,9 @@ class BaseWorkloadController:
         if node in self.lost:
             return
         if not said.get("is_reachable"):
-            if now - last_heard[node] > self.lost_after:
+            # Where nobody listens any longer the process has gone; a machine that is only slow gets more time.
+            patience = min(GONE_S, self.lost_after) if said.get("is_gone") else self.lost_after
+            if now - last_heard[node] > patience:
                 self.lost[node] = f"E008: no answer for {now - last_heard[node]:.0f} s ({said.get('error')})"
             return
         last_heard[node] = now

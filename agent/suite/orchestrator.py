@@ -212,10 +212,10 @@ class Orchestrator:
             return said
         config = msgspec.to_builtins(recipe.logging)
         collector = ServiceFactory.create_log_collector(recipe.logging.type, config, folder / "logs")
-        sources = [LogSource(node, "server") for node in self.server_nodes]
-        sources += [LogSource(node, "client") for node in self.client_nodes]
-        sources += [LogSource(node, "ray") for node in self.server_nodes]
-        sources += [LogSource(node, "monitor") for node in (*self.server_nodes, *self.client_nodes)]
+        servers, clients = _hosts(self.server_nodes), _hosts(self.client_nodes)
+        sources = [LogSource(node, component) for node in servers for component in ("server", "ray")]
+        sources += [LogSource(node, "client") for node in clients]
+        sources += [LogSource(node, "monitor") for node in dict.fromkeys((*servers, *clients))]
         sources += [LogSource("local", "orchestrator"), LogSource("job", "slurm")]
         if collector.deploy(sources) and collector.start_collection():
             stack.callback(lambda: said.update(collector.stop_collection()))
@@ -452,6 +452,12 @@ def _endpoint(node: str, port: int) -> str:
     if "://" in node:
         return node.rstrip("/")
     return f"http://{node}" if ":" in node else f"http://{node}:{port}"
+
+
+def _hosts(nodes: Sequence[str]) -> list[str]:
+    """Each host once, without scheme and port: logs are named after machines."""
+    return list(dict.fromkeys(node.partition("://")[2].partition(":")[0] if "://" in node else node.partition(":")[0]
+                              for node in nodes))  # fmt: skip
 
 
 def _is_failing() -> bool:

@@ -120,27 +120,27 @@ def targets_of(recipe: Recipe, clients: Sequence[str], endpoints: Sequence[str])
         chosen = [url for text in mapping.server_endpoints for url in _servers(text, endpoints, place)]
         if not chosen:
             raise ValueError(f"{place}: server_endpoints is empty")
-        for client in _members(mapping.client_group, clients, place):
-            found.setdefault(client, []).extend(chosen)
+        for at in _members(mapping.client_group, clients, place):
+            found.setdefault(clients[at], []).extend(chosen)
     left = [client for client in clients if found and client not in found]
     if left:
         raise ValueError(f"target_mapping: no group has the client {left[0]}")
     return found
 
 
-def _members(group: str | int, names: Sequence[str], place: str) -> list[str]:
-    """Clients of a group: a number from 0, `1-3`, `node[001-003]`, a name, or `all`."""
+def _members(group: str | int, names: Sequence[str], place: str) -> list[int]:
+    """Positions of a group: a number from 0, `1-3`, `node[001-003]`, a name, or `all`."""
     text = str(group)
     if text == "all":
-        return list(names)
+        return list(range(len(names)))
     index = _INDEX.fullmatch(text)
     if index is not None:
         first, last = int(index[1]), int(index[2] or index[1])
         if not first <= last < len(names):
             raise ValueError(f"{place}: {text!r}, but there are {len(names)}, counted from 0")
-        return list(names[first : last + 1])
+        return list(range(first, last + 1))
     wanted = expanded(text)
-    found = [name for name in names if name in wanted or name.partition(":")[0] in wanted]
+    found = [at for at, name in enumerate(names) if name in wanted or name.partition(":")[0] in wanted]
     if not found:
         raise ValueError(f"{place}: {text!r} names none of {', '.join(names)}")
     return found
@@ -150,8 +150,8 @@ def _servers(text: str | int, endpoints: Sequence[str], place: str) -> list[str]
     """Endpoints of a mapping: numbers, names, or addresses of their own."""
     if isinstance(text, str) and ("://" in text or re.fullmatch(r"[\w.-]+:\d+", text)):
         return [text if "://" in text else f"http://{text}"]
-    hosts = [url.partition("://")[2].partition(":")[0] for url in endpoints]
-    return [endpoints[hosts.index(name)] for name in _members(text, hosts, place)]
+    hosts = [url.partition("://")[2] for url in endpoints]
+    return [endpoints[at] for at in _members(text, hosts, place)]
 
 
 def expanded(text: str) -> list[str]:
