@@ -99,9 +99,15 @@ class RunDirectory:
         except (OSError, msgspec.DecodeError):
             return None
 
-    def write(self, name: str, document: object) -> None:
-        """Writes a document, whole or not at all. Raises: OSError."""
-        write_atomic(self.path / name, msgspec.json.encode(document))
+    def write(self, name: str, document: object, *, is_durable: bool = False) -> None:
+        """Writes a document, whole or not at all; past a reboot only what is durable matters. Raises: OSError."""
+        data = msgspec.json.encode(document)
+        if is_durable:
+            write_atomic(self.path / name, data)
+            return
+        part = self.path / f".{name}.part"
+        part.write_bytes(data)
+        part.replace(self.path / name)
 
     def has(self, name: str) -> bool:
         """Whether a file is there."""
@@ -180,7 +186,7 @@ class RunDirectories:
         if found.path.exists():
             shutil.rmtree(found.path)
         found.path.mkdir(mode=0o700, parents=True)
-        found.write("about.json", about)
+        found.write("about.json", about, is_durable=True)
         write_secret(found.path / "order.json", msgspec.json.encode(order).decode())
         return found
 

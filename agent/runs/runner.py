@@ -314,7 +314,7 @@ class Runner:
     def _say(self, state: str, *, error: HerderError | None = None, **told: object) -> None:
         self.status = replace(self.status, state=state, error=error.info() if error is not None else None, **told)
         self._log(f"{state}{f': {error.code}: {error.message}' if error is not None else ''}")
-        self.directory.write("status.json", self.status)
+        self.directory.write("status.json", self.status, is_durable=state in ("ended", "failed"))
 
     def _log(self, text: str) -> None:
         sys.stderr.write(f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {text}\n")
