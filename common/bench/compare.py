@@ -130,7 +130,13 @@ def compare(results: Sequence[Result]) -> Comparison:
     loads = []
     for key in shared:
         samples = [[row.figures for row in found[key].rows if row.word == "valid"] for found in by_load]
-        loads.append(Load(by_load[0][key].changes, tuple(_figures(samples))))
+        figures = _figures(samples)
+        if figures:
+            loads.append(Load(by_load[0][key].changes, tuple(figures)))
+        else:
+            remarks.append(
+                f"{changes_told(by_load[0][key].changes) or 'the load as asked'}: no valid repetition anywhere"
+            )
     if any(value.repetitions == 1 for load in loads for figure in load.figures for value in figure.values):
         remarks.append("with one repetition nothing is known of the noise: differences may be chance")
     if not shared:

@@ -111,7 +111,10 @@ def _main_figures(groups: Sequence[Group]) -> Markup:
         return Markup("")
     figures = {figure: value for figure, _ in words.TILES if (value := best.figure(figure)) is not None}
     said = "most goodput" if name == "goodput_req_s" else "highest throughput"
-    return words.tiles(figures, "" if len(groups) == 1 else f"At the {said}: {cut(best.title, 160)}")
+    told = "" if len(groups) == 1 else f"At the {said}: {cut(best.title, 160)}"
+    if not best.is_valid:
+        told = f"{told}; not to be believed" if told else "Not to be believed"
+    return words.tiles(figures, told)
 
 
 def _sweep(groups: Sequence[Group], axis: str, recipe: Mapping[str, Any]) -> Markup:

@@ -64,7 +64,8 @@ def distributions(groups: Sequence[Group], *, limits: Mapping[str, Any], vertice
         for place, (group, whole) in enumerate(found):
             xs, ys = cumulated(whole)
             xs, ys = thinned(xs, ys, vertices)
-            lines.append(Line(group.title if len(found) > 1 else title, xs, ys, place))
+            name = group.title if group.is_valid else f"{group.title} (not to be believed)"
+            lines.append(Line(name if len(found) > 1 else title, xs, ys, place))
             if len(found) == 1:
                 marks = [
                     Mark(value / MS, share, f"{word} {told_ms(value / MS)}", 0, "drop")

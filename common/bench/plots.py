@@ -308,7 +308,7 @@ def _curves(chart: Chart) -> str:
         if d:
             name = f' data-name="{escaped(line.name)}"' if line.name else ""
             parts.append(f'<path class="{style}" vector-effect="non-scaling-stroke"{name} d="{d}"/>')
-    if not parts:
+    if not parts and not chart.marks:
         return '<text class="none" x="50%" y="50%">no samples</text>'
     return _stretched("".join(parts))
 

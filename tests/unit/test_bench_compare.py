@@ -97,6 +97,15 @@ class TestComparison:
         assert found.loads[0].figures[0].values[1].repetitions == 2
         assert any("b: invalid and left out: point 2" in remark for remark in found.remarks)
 
+    def test_nothing_to_be_believed(self) -> None:
+        """A load without a valid repetition anywhere is said and has no figures."""
+        both = [result(name, {5: [1.0]}) for name in "ab"]
+        for one in both:
+            one.benchmark["points"][0] |= {"is_valid": False, "reasons": ["late"]}
+        found = compare(both)
+        assert found.loads == ()
+        assert any("rate=5: no valid repetition anywhere" in remark for remark in found.remarks)
+
     def test_loads_that_one_side_lacks_are_named(self) -> None:
         """Only what all have is compared."""
         found = compare([result("a", {5: [1.0], 9: [1.0]}), result("b", {5: [1.0]})])

@@ -178,6 +178,19 @@ class TestVerdict:
         assert "late: the generator sent late: p99 9 ms (point 1)" in words
         assert text.index("verdict invalid") < text.index('class="tile"') < text.index("<table")
 
+    def test_nothing_may_be_believed(self) -> None:
+        """Where every point is invalid the large figures and the curves' names say so, too."""
+        benchmark, reports = sweep()
+        for report in reports:
+            report |= {"is_valid": False, "reasons": [{"code": "late", "said": "late"}]}
+            report["point"] |= {"is_valid": False, "reasons": ["late"]}
+        words = Page(render(benchmark, reports, {})).words
+        assert "None of it may be believed" in words
+        assert "What was measured must not be believed" in words
+        assert "; not to be believed" in words
+        assert "rate=20 (not to be believed)" in words
+        assert "no samples" not in words
+
     def test_degraded_with_its_coverage(self) -> None:
         """A lost load node is said with the share that was performed; the point is neither valid nor invalid."""
         benchmark, reports = sweep(is_degraded=True)
