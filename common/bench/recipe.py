@@ -214,7 +214,7 @@ def _with_seconds(document: Any, depth: int = 0) -> Any:
             if found is None:
                 raise ValueError(f"{name}: {value!r} is no time; write 90s, 15m or 2h")
             made[name] = float(found[1]) * _SECONDS[found[2]]
-        elif name in ("parameters", "config", "sweep", "labels"):
+        elif name in ("parameters", "class_parameters", "config", "sweep", "labels"):
             made[name] = value
         else:
             made[name] = _with_seconds(value, depth + 1)

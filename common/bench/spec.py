@@ -179,6 +179,8 @@ def check(spec: LoadSpec) -> None:
         raise ValueError("duration is more than 0 and at most 7 days")
     if (spec.burst_size is not None) != (spec.arrivals == "burst"):
         raise ValueError("arrivals burst and burst_size go together")
+    if spec.burst_size is not None and not spec.is_open:
+        raise ValueError("bursts are an open loop; concurrency has none")
     if spec.in_flight is not None and spec.workers > spec.in_flight:
         raise ValueError("more workers than in_flight")
     if spec.concurrency is not None and spec.workers > spec.concurrency:

@@ -42,8 +42,8 @@ def _by_class(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]
 @click.option("--model", default="", help="The model's name in requests.")
 @click.option(
     "--api",
-    help="chat, completions, embeddings, rerank, speech, ollama, ollama-generate, ollama-embed, http, qdrant, pgvector; "
-    "else what scenarios need.",
+    help="chat, completions, embeddings, rerank, speech, ollama, ollama-generate, ollama-embed, http, qdrant, pgvector"
+    "; else what scenarios need.",
 )
 @click.option("--rate", type=float, help="Open loop: requests per second, sent whatever came back.")
 @click.option("--arrivals", type=click.Choice(ARRIVALS), default="poisson", help="Open loop: how arrivals are spread.")
