@@ -236,7 +236,7 @@ def t_975(freedom: float) -> float:
     for _ in range(60):
         over = _integral(power, angle) - CONFIDENCE * whole
         low, high = (low, angle) if over > 0 else (angle, high)
-        step = angle - over / max(math.cos(angle) ** power, 1e-12)
+        step = angle - over / max(math.pow(math.cos(angle), power), 1e-12)
         following = step if low < step < high else (low + high) / 2
         if abs(following - angle) < 1e-12:
             break
@@ -246,8 +246,8 @@ def t_975(freedom: float) -> float:
 
 def _integral(power: float, to: float, parts: int = 200) -> float:
     width = to / parts
-    inner = sum((4 if place % 2 else 2) * math.cos(place * width) ** power for place in range(1, parts))
-    return width / 3 * (1 + inner + math.cos(to) ** power)
+    inner = sum((4 if place % 2 else 2) * math.pow(math.cos(place * width), power) for place in range(1, parts))
+    return width / 3 * (1 + inner + math.pow(math.cos(to), power))
 
 
 # what was not the same
