@@ -344,7 +344,7 @@ class LogRequest(Message, frozen=True):
 
 
 class LogLine(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One line, without its newline. `at_ms`: wall time of its node, 0 when not known. Not whole: more of it follows."""
+    """One line without its newline. `at_ms`: wall time of its node, 0 when not known. Not whole: more of it follows."""
 
     offset: Int  # of the byte after it
     at_ms: Int
