@@ -16,7 +16,8 @@
  *   process 0 4242 1500 [graphics]          process 4242 holds 1500 MiB of GPU 0 (compute when nothing is said)
  *   use 0 4242 55 10 1000                   process 4242 used 55 % of GPU 0 and 10 % of its memory's time, at 1000 us
  *   fail NAME CODE [GPU]                    function NAME returns CODE, everywhere or on one GPU
- *   lost 1                                  every call on GPU 1 returns NVML_ERROR_GPU_IS_LOST
+ *   lost 1                                  every call on GPU 1 returns NVML_ERROR_GPU_IS_LOST; once the line is gone,
+ *                                           until everybody in the process has shut the library down
  *   hang NAME                               function NAME does not return while this line is in the file
  */
 #define _GNU_SOURCE
@@ -62,6 +63,7 @@ struct state {
 };
 
 static int initialised;  /* nvmlInit may be called again and counts */
+static unsigned stays_lost;
 static struct device devices[GPUS], instances[GPUS][INSTANCES];
 
 static void read_number(const char *facts, const char *name, u64 *number) {
@@ -144,7 +146,8 @@ static result begin(struct state *state, const char *function, const struct devi
     read_state(state, function, device ? device->gpu : -1);
   if (state->failure) return state->failure;
   if (!initialised && strncmp(function, "nvmlInit", 8)) return UNINITIALIZED;
-  if (device && state->gpus[device->gpu].is_lost) return GPU_IS_LOST;
+  if (device && state->gpus[device->gpu].is_lost) stays_lost |= 1u << device->gpu;
+  if (device && (stays_lost >> device->gpu) & 1) return GPU_IS_LOST;
   return SUCCESS;
 }
 #define BEGIN(device) \
@@ -179,7 +182,11 @@ result nvmlInitWithFlags(unsigned flags) {
   return SUCCESS;
 }
 result nvmlInit_v2(void) { return nvmlInitWithFlags(0); }
-result nvmlShutdown(void) { BEGIN(NULL); initialised--; return SUCCESS; }
+result nvmlShutdown(void) {
+  BEGIN(NULL);
+  if (!--initialised) stays_lost = 0;
+  return SUCCESS;
+}
 const char *nvmlErrorString(result code) {
   return code == GPU_IS_LOST ? "GPU is lost" : code == NOT_SUPPORTED ? "Not Supported" : "Unknown Error";
 }
