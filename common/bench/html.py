@@ -174,7 +174,7 @@ def _point(row: Row, series: Mapping[str, Any], detail: html_time.Detail, count:
     inside = [tag("p", "; ".join(facts), class_="dim"), words.latencies(row.report)]
     if count > 1:
         inside.append(
-            tag("div", charts.distributions(group, limits={}, vertices=detail.vertices), class_="charts three")
+            tag("div", charts.distributions(group, limits={}, vertices=detail.vertices), class_="charts four")
         )
     timeline = html_time.over_time(row, series, detail)
     if timeline:

@@ -87,7 +87,8 @@ def _distribution(
     values = [value for line in lines for value in line.xs if not is_log or value >= middle / 2]
     if is_number(limit) and float(limit) < high * 3:
         values.append(float(limit))
-    x = scale_of(values or [low, high], label="ms", is_log=is_log, from_zero=not is_log)
+    # What lies far from 0 would be a wall at the right edge of an axis that begins there.
+    x = scale_of(values or [low, high], label="ms", is_log=is_log, from_zero=low < 0.4 * high)
     rules = [Rule("x", float(limit), f"SLO {told_ms(float(limit))}", True)] if is_number(limit) else []
     return Chart(
         title,

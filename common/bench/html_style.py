@@ -41,7 +41,7 @@ font-weight:600;white-space:nowrap}
 letter-spacing:-.01em;white-space:nowrap}
 .tile span{display:block;color:var(--dim);font-size:12.5px}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:8px;margin:8px 0}
-table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
+table{border-collapse:separate;border-spacing:0;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
 th,td{padding:6px 9px;text-align:left;border-top:1px solid var(--line);vertical-align:top}
 thead th{border-top:0;background:var(--card);color:var(--dim);font-weight:600;white-space:nowrap;font-size:12px}
 td.n,th.n{text-align:right;white-space:nowrap}
@@ -51,7 +51,7 @@ tr.bad td{color:var(--dim)}
 tr.best td{font-weight:650}
 .text td{min-width:12ch;overflow-wrap:anywhere}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:22px 34px;margin:10px 0}
-.charts.three{grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr))}
+.charts.four{grid-template-columns:repeat(auto-fit,minmax(min(100%,236px),1fr));gap:22px 26px}
 .chart{margin:0;min-width:0;break-inside:avoid}
 figcaption{font-size:13px;line-height:1.45;margin-bottom:8px;min-height:20px}
 .unit{color:var(--dim);font-size:12px}

@@ -7,6 +7,7 @@ script may read the values back (`Scale.back`); without one the chart is complet
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -89,15 +90,19 @@ def _even_ticks(low: float, high: float, most: int) -> list[float]:
 
 def _log_ticks(low: float, high: float, most: int) -> list[float]:
     begin, end = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    for factors in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
+    for factors in (tuple(range(1, 10)), (1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1, 5), (1,)):
         found = [
             factor * 10.0**power
             for power in range(begin, end + 1)
             for factor in factors
             if low <= factor * 10.0**power <= high
         ]
-        if len(found) <= most or factors == (1,):
+        apart = min((math.log(b / a) for a, b in itertools.pairwise(found)), default=math.inf)
+        # Words closer than an eighth of the axis would run into each other on a narrow page.
+        if (len(found) <= most and apart >= math.log(high / low) / 8) or factors == (1,):
             break
+    if len(found) < 2:
+        return _even_ticks(low, high, 4)  # less than a decade, and not at its beginning
     every = max(1, math.ceil(len(found) / most))
     return found[::every]
 
