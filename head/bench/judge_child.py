@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,21 @@ def check(question: Check) -> dict[str, Any]:
 
 
 def _page(folder: Path, benchmark: dict[str, Any]) -> str:
-    """report.html."""
+    """report.html; without the samples where they do not fit into memory, and empty when it cannot be made at all.
+
+    Everything that was measured is in the other files: a page that cannot be drawn fails no night of measurements.
+    """
+    try:
+        try:
+            return _drawn(folder, benchmark, _series(folder, f"{benchmark['id']}.monitor."))
+        except MemoryError:
+            return _drawn(folder, benchmark, {})
+    except Exception:  # noqa: BLE001 - the border to the page; the head's log has what went wrong
+        traceback.print_exc()
+        return ""
+
+
+def _drawn(folder: Path, benchmark: dict[str, Any], series: dict[str, Any]) -> str:
     from common.bench import html
 
     reports = []
@@ -135,7 +150,7 @@ def _page(folder: Path, benchmark: dict[str, Any]) -> str:
         path = folder / "points" / str(point["number"]) / REPORT_FILE
         if path.is_file():
             reports.append(msgspec.json.decode(path.read_bytes()) | {"point": point})
-    return html.render(benchmark, reports, _series(folder, f"{benchmark['id']}.monitor."))
+    return html.render(benchmark, reports, series)
 
 
 def _series(folder: Path, prefix: str) -> dict[str, Any]:

@@ -362,6 +362,21 @@ class TestPerformer:
         run(test)
 
 
+def test_a_page_that_cannot_be_drawn_fails_nothing(tmp_path: Path) -> None:
+    """A report of a form that the page does not know: the table is written, the page is left out."""
+    report = tmp_path / "points" / "0" / "report.json"
+    report.parent.mkdir(parents=True)
+    report.write_text("[1, 2]")
+
+    async def test() -> None:
+        point = {"number": 0, "repetition": 0, "status": "completed", "is_valid": True, "reasons": [], "coverage": 1.0,
+                 "skew_ms": 0.0, "changes": {}, "figures": {}}  # fmt: skip
+        view: dict[str, Any] = {"id": "bench-1", "name": "b", "status": "completed", "points": [point]}
+        assert await Judges().ask(Write(str(tmp_path), view), list[str]) == ["summary.csv"]
+
+    run(test)
+
+
 def test_a_write_question_without_reports(tmp_path: Path) -> None:
     """A benchmark of which no point was judged has its table and its page as well."""
 

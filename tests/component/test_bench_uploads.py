@@ -153,6 +153,32 @@ def test_a_connection_that_breaks_leaves_nothing(tmp_path: Path) -> None:
     run(test)
 
 
+def test_a_sender_that_waits_to_be_asked(tmp_path: Path) -> None:
+    """`Expect: 100-continue`: told to go on once the door is passed, refused without the body otherwise."""
+
+    async def ask(head: ApiHead, run_id: str) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", head.port)
+        request = (
+            f"PUT /api/v1/agent/runs/{run_id}/artifacts/load.bin HTTP/1.1\r\nHost: h\r\nExpect: 100-continue\r\n"
+            f"Authorization: Bearer {head.tokens['agent']}\r\nContent-Length: 5\r\n"
+            f"X-Content-SHA256: {hashlib.sha256(b'12345').hexdigest()}\r\nConnection: close\r\n\r\n"
+        )
+        writer.write(request.encode())
+        first = await reader.readline()
+        if b"100" in first:
+            writer.write(b"12345")
+            first += await reader.read()
+        writer.close()
+        return first
+
+    async def test() -> None:
+        async with running(tmp_path) as head:
+            assert b" 200 " in await ask(head, RUN)
+            assert b" 404 " in await ask(head, "bench-9.0.0")
+
+    run(test)
+
+
 def test_only_the_runs_node_may_send(tmp_path: Path) -> None:
     """People, keys of other nodes, and keys that the node's session did not come with."""
 

@@ -30,10 +30,12 @@ LOAD = {
 ENDED = ("completed", "failed", "cancelled")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head, two agents, and a tiny engine on n1."""
     with Cluster(tmp_path_factory.mktemp("bench") / "cluster", limits=LIMITS) as made:
+        made.head.kill()
+        made.head.start()  # on the port that it has by now: nodes can be told where its gateway is
         agents = [made.add_agent(node, is_started=False) for node in ("n1", "n2")]
         for agent in agents:
             agent.limits = dict(LIMITS)
@@ -130,30 +132,6 @@ def test_a_sweep_from_two_nodes(cluster: Cluster, tmp_path: Path) -> None:
     until(lambda: not (cluster.head.state / "benchmarks" / made.id).exists(), "the files are gone")
 
 
-def test_a_load_node_is_killed(cluster: Cluster) -> None:
-    """Its agent and generator die in mid-run: the point ends degraded with exactly the other's share, and says who."""
-    asked = document(load={"duration": "12s"}, monitor={"enabled": False})
-    made = cluster.client.create_benchmark(document=asked)
-    wait_point(cluster, made.id, 0, "running")
-    for pid, _ in processes_of(cluster.agents["n2"].state):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    view = wait_end(cluster, made.id)
-    assert view.status == "completed", view
-    assert view.is_degraded
-    assert not view.is_valid
-    (point,) = view.points
-    assert "degraded" in point.reasons
-    assert point.coverage == 0.5
-    report = report_of(cluster, made.id, 0)
-    coverage = report["coverage"]
-    assert [missing["node"] for missing in coverage["missing"]] == ["n2"]
-    assert coverage["due"] == len(range(0, coverage["planned"], 2)) == coverage["performed"] == report["counts"]["sent"]
-    assert point.figures["coverage"] == coverage["due"] / coverage["planned"]
-
-
 def test_the_head_is_killed_in_mid_run(cluster: Cluster) -> None:
     """The load goes on without it; the new head takes the results and finishes."""
     asked = document(load={"duration": "8s"}, sweep={"rate": [10, 12]})
@@ -189,11 +167,6 @@ def test_cancel_leaves_nothing_behind(cluster: Cluster) -> None:
 
 def test_through_the_gateway(cluster: Cluster) -> None:
     """The load nodes ask the head's gateway with a key of the benchmark's own, which is gone afterwards."""
-    cluster.head.kill()
-    cluster.head.start()  # on a port that it knows beforehand: its gateway's address is known to it
-    for node in ("n1", "n2"):
-        cluster.wait_node(node)
-    cluster.wait_replica("chat", lambda replica: replica.state == "ready")
     server = {"service": "chat", "via": "gateway"}
     made = cluster.client.create_benchmark(document=document(server=server, monitor={"enabled": False}))
     keys = {key.id for key in cluster.client.keys().all()}
@@ -203,3 +176,27 @@ def test_through_the_gateway(cluster: Cluster) -> None:
     assert point.figures["error_rate"] == 0.0
     assert cluster.head.url in report_of(cluster, made.id, 0)["plan"]["url"]
     assert {key.id for key in cluster.client.keys().all()} <= keys
+
+
+def test_a_load_node_is_killed(cluster: Cluster) -> None:
+    """Its agent and generator die in mid-run: the point ends degraded with exactly the other's share, and says who."""
+    asked = document(load={"duration": "12s"}, monitor={"enabled": False})
+    made = cluster.client.create_benchmark(document=asked)
+    wait_point(cluster, made.id, 0, "running")
+    for pid, _ in [*processes_of(cluster.agents["n2"].state)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    view = wait_end(cluster, made.id)
+    assert view.status == "completed", view
+    assert view.is_degraded
+    assert not view.is_valid
+    (point,) = view.points
+    assert "degraded" in point.reasons
+    assert point.coverage == 0.5
+    report = report_of(cluster, made.id, 0)
+    coverage = report["coverage"]
+    assert [missing["node"] for missing in coverage["missing"]] == ["n2"]
+    assert coverage["due"] == len(range(0, coverage["planned"], 2)) == coverage["performed"] == report["counts"]["sent"]
+    assert point.figures["coverage"] == coverage["due"] / coverage["planned"]
