@@ -157,8 +157,9 @@ set -euo pipefail
 umask 077
 OUT={base}{experiment.join(pieces)}
 mkdir -p "$OUT/logs" "$OUT/results" "$OUT/monitoring"
-ln -sf "$PWD"/{name}_"${{SLURM_JOB_ID}}.out" "$OUT/logs/slurm_job.log"
-ln -sf "$PWD"/{name}_"${{SLURM_JOB_ID}}.err" "$OUT/logs/slurm_job.err"
+NAME={name}
+ln -sf "$PWD/${{NAME}}_${{SLURM_JOB_ID}}.out" "$OUT/logs/slurm_job.log"
+ln -sf "$PWD/${{NAME}}_${{SLURM_JOB_ID}}.err" "$OUT/logs/slurm_job.err"
 export OUTPUT_DIR="$OUT" HERDER_EXECUTOR_TOKEN_FILE="$OUT/executor.token"
 HERDER={shlex.quote(choices.herder)}
 SERVER_PORT={port}
