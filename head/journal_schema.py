@@ -28,6 +28,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) STRICT",
         "INSERT INTO meta VALUES ('revision', 0), ('stamp_ms', 0), ('is_clean', 1)",
     ),
+    (),  # benchmarks, points and runs: a head before them knows no such kinds and must not open the file
 )
 
 

@@ -63,13 +63,13 @@ OBJECTS: tuple[objects.Object, ...] = (
 )  # fmt: skip
 
 
-def records() -> list[Record]:
+def records(objects_made: tuple[objects.Object, ...] = OBJECTS) -> list[Record]:
     """What the golden journal was told, in order; the last record deletes a model again."""
     made = [
         Record(
             number, T + number, f"{thing.KIND}_made", f"req-{number}", thing.KIND, thing.key, thing, {"number": number}
         )
-        for number, thing in enumerate(OBJECTS, 1)
+        for number, thing in enumerate(objects_made, 1)
     ]
     number = len(made) + 1
     gone = objects.Model("gone", "llm", "main", T, T)
@@ -78,18 +78,18 @@ def records() -> list[Record]:
     return made
 
 
-def main() -> None:
-    """Writes the file."""
-    if TARGET.exists():
-        sys.exit(f"{TARGET.name} exists and must not change")
+def write(target: Path, told: list[Record]) -> None:
+    """Writes the file of a version."""
+    if target.exists():
+        sys.exit(f"{target.name} exists and must not change")
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal.open(Path(folder) / "journal.sqlite")
-        asyncio.run(journal.commit([encode(record) for record in records()]))
+        asyncio.run(journal.commit([encode(record) for record in told]))
         journal.call(lambda: journal._connection.execute("VACUUM"))
         journal.close()
-        os.replace(journal.path, TARGET)
-    TARGET.chmod(0o644)
+        os.replace(journal.path, target)
+    target.chmod(0o644)
 
 
 if __name__ == "__main__":
-    main()
+    write(TARGET, records())
