@@ -155,12 +155,13 @@ class Live:
             f"point {min(benchmark.points_done + 1, benchmark.points_planned)} of {benchmark.points_planned}"
             + _current(benchmark),
         ]
-        if benchmark.note:
-            lines.append(benchmark.note)
-        if self._tick is not None and any(
+        is_running = self._tick is not None and any(
             point.number == self._tick.point and point.status == "running" for point in benchmark.points
-        ):
+        )
+        if is_running:
             lines += self._seconds()
+        elif benchmark.note:
+            lines.append(benchmark.note)
         ended = [point for point in benchmark.points if point.status in view.ENDED]
         if ended:
             rows = [view.point_row(point) for point in ended[-POINTS_SHOWN:]]

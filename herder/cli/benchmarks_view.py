@@ -123,7 +123,9 @@ def number(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     size = abs(value)
-    return f"{value:,.0f}" if size >= 99.95 else f"{value:.1f}" if size >= 9.995 else f"{value:.3g}"
+    if size >= 9.995:
+        return f"{value:,.0f}" if size >= 99.95 else f"{value:.1f}"
+    return f"{value:.2f}" if size >= 0.9995 else f"{value:.3g}"
 
 
 def ms(value: float | None) -> str:

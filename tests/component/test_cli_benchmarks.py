@@ -124,7 +124,7 @@ class TestRun:
         assert benchmarks("run", "smoke") == 0
         out, err = capsys.readouterr()
         assert f"{BENCHMARK}: preparing, waiting for chat" in err
-        assert "point 0, rate=1, valid, 1 requests/s, 120 tokens/s, TTFT p50 24.6ms, p99 1.24s" in err
+        assert "point 0, rate=1, valid, 1.00 requests/s, 120 tokens/s, TTFT p50 24.6ms, p99 1.24s" in err
         assert "in flight 12" in err
         assert "\x1b" not in err
         assert out.splitlines()[-2].split()[:3] == ["0", "rate=1", "valid"]
@@ -202,15 +202,18 @@ class TestLive:
         monkeypatch.setattr(sys, "stderr", stream)
         shown = benchmarks_live.Live(Globals())
         running = view("running", point(0), point(1, "running", changes={"rate": 2, "scenarios": ["x" * 200]}))
+        running = msgspec.structs.replace(running, note="n1 is at it")
         shown.take_view(running)
+        assert "n1 is at it" in shown._lines()
         shown.take_tick(tick(1, 1.0))
         shown.take_tick(tick(1, 2.0))
         lines = shown._lines()
         assert lines[0].startswith(f"chat-sweep  {BENCHMARK}  running")
         assert lines[1].startswith("point 2 of 2: rate=2, scenarios=xxx")
         assert lines[2] == "2.0s on 2 nodes, sent 20, done 18, failed 0, in flight 12"
-        assert lines[3] == "9 requests/s, 800 tokens/s, TTFT p50 24.6ms, p99 101ms"
+        assert lines[3] == "9.00 requests/s, 800 tokens/s, TTFT p50 24.6ms, p99 101ms"
         assert lines[4].split()[:3] == ["POINT", "LOAD", "VERDICT"]
+        assert "n1 is at it" not in "".join(lines)  # the seconds say more
         drawn = stream.getvalue()
         assert f"\x1b[{len(lines)}A" in drawn
         plain = [line.rpartition("\x1b[2K")[2] for line in drawn.splitlines()]
@@ -247,7 +250,7 @@ class TestShow:
         head.files = {"report.html": b"x" * 2048, "runs/a/load.bin": b"y"}
         assert benchmarks("show", BENCHMARK) == 0
         out = capsys.readouterr().out
-        assert "found      rate 4 is the most that met the SLO: it failed at rate 8" in out
+        assert "found      rate 4.00 is the most that met the SLO: it failed at rate 8" in out
         assert "report.html" in out
         assert "2 files, 2.00 KiB" in out
         assert max(len(line) for line in out.splitlines()) <= 80
