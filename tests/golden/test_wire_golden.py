@@ -101,6 +101,9 @@ FRAMES: dict[str, wire.Message] = {
     "leaving": wire.Leaving("slurm", 60_000),
     "log_request": wire.LogRequest("r", "chat-0", 1, 10, 5, True, True),
     "log_chunk": wire.LogChunk("r", 20, "text", True, _ERROR),
+    "run_tick": wire.RunTick("b1.0.0", 3.002, 50, 48, 2, 7, 900, 41.5, 120.25),
+    "clock_ask": wire.ClockAsk(86_400_000_000_123),
+    "clock_told": wire.ClockTold(86_400_000_000_123, 86_400_000_000_456),
     "command ensure_copy": _command(
         wire.EnsureCopy("org/m", "main", "disk", (wire.Source("peer://10.0.0.2:1", "ticket", "n2"),), _MANIFEST, "full")
     ),
@@ -109,6 +112,22 @@ FRAMES: dict[str, wire.Message] = {
     "command stop_replica": _command(wire.StopReplica("chat-0", 5.0)),
     "command check_health": _command(wire.CheckHealth("chat-0", "http://127.0.0.1/", 3.0)),
     "command cancel_op": _command(wire.CancelOp("copy:x", 6)),
+    "command ensure_run": _command(
+        wire.EnsureRun(
+            "b1.0.0",
+            "load",
+            {"rate": 5.0, "duration": 60.0},
+            "b1",
+            1,
+            2,
+            ("http://10.0.0.1:8000",),
+            "random",
+            "token",
+            720_000,
+        )
+    ),
+    "command fire_run": _command(wire.FireRun("b1.0.0", 86_400_000_000_456)),
+    "command end_run": _command(wire.EndRun("b1.0.0", "forget")),
 }
 
 
