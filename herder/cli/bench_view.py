@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from common.bench.report import Report
 
 WIDTH = 80
+MAX_PARTS = 50
 ROWS = ("ttft", "ttft_sched", "tpot", "itl", "icl", "stall", "e2e", "e2e_sched", "send_lag", "connect")
 
 
@@ -38,7 +39,7 @@ class Live:
     def begin(self) -> None:
         """The run has been started."""
         plan = self._order.asked.plan
-        output.note(self._options, f"{plan['schedule']} to {plan['url']}, {plan['workers']} worker(s)")
+        output.note(self._options, f"{plan['schedule']} to {_target(dict(plan))}, {plan['workers']} worker(s)")
 
     def take(self, worker: int, tick: Tick) -> None:
         """What a worker did in its last second."""
@@ -79,14 +80,15 @@ class Live:
 
 def render(report: Report) -> str:
     """The tables of a report."""
-    parts = [_head(report), _latencies(report), _formulas(report), _generator(report), _judgement(report)]
+    parts = [_head(report), _latencies(report), _formulas(report), _parts("CLASS", report.classes),
+             _parts("SERVER", report.endpoints), _generator(report), _judgement(report)]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
 
 
 def _head(report: Report) -> str:
     plan, rates, counts, window = report.plan, report.throughput, report.counts, report.window
     pairs = [
-        ("target", str(plan["url"])),
+        ("target", _target(plan)),
         ("model", f"{plan['model']}, API {plan['api']}" if plan.get("model") else f"API {plan['api']}"),
         ("load", f"{plan['loop']} loop: {plan['schedule']}, seed {plan['seed']}"),
         ("sizes", ", ".join(plan["scenarios"])),
@@ -132,6 +134,25 @@ def _latencies(report: Report) -> str:
     table = render_table(columns, rows, width=WIDTH)
     has_estimates = any(row[5].startswith("~") for row in rows)
     return table + ("\n~: fewer than 662 samples, so no 99 % bound on p99" if has_estimates else "")
+
+
+def _parts(title: str, parts: dict[str, dict[str, Any]]) -> str:
+    """What each class of requests or each server did, where there are several."""
+    if not parts:
+        return ""
+    columns = [Column(title)]
+    columns += [Column(name, is_number=True) for name in ("SENT", "FAILED", "TTFT P50", "P99", "E2E P50", "P99")]
+    rows = []
+    for name, made in list(parts.items())[:MAX_PARTS]:
+        shares = [made[metric]["percentiles"].get(share) for metric in ("ttft", "e2e") for share in ("p50", "p99")]
+        rows.append([name, str(made["sent"]), str(made["failed"]), *(_ms(value) for value in shares)])
+    more = f"\nand {len(parts) - MAX_PARTS} more" if len(parts) > MAX_PARTS else ""
+    return render_table(columns, rows, width=WIDTH) + more
+
+
+def _target(plan: dict[str, Any]) -> str:
+    urls = plan.get("urls") or [plan["url"]]
+    return str(urls[0]) + (f" and {len(urls) - 1} more, {plan['spread']}" if len(urls) > 1 else "")
 
 
 def _ms(value: float | None) -> str:

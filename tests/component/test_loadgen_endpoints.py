@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -97,6 +98,22 @@ def test_a_server_that_fails_is_told_apart() -> None:
     assert (good["sent"], good["failed"], good["e2e"]["count"]) == (20, 0, 20)
     assert (bad["sent"], bad["failed"], bad["e2e"]["count"]) == (20, 20, 0)
     assert report["plan"]["spread"] == "round-robin"
+
+
+def test_the_tables_tell_servers_and_classes_apart() -> None:
+    """One line each, and nothing wider than a terminal."""
+    with serving(lambda number: stream()) as one, serving(lambda number: stream()) as other:
+        words = [f"127.0.0.1:{one.port}", f"127.0.0.1:{other.port}", "--model", "m", "--concurrency", "2", "--requests",
+                 "8", "--scenario", "D(1,3)", "--scenario", "D(9,3)"]  # fmt: skip
+        command = [sys.executable, "-c", "from herder.cli.main import main; main()", "bench", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    for port in (one.port, other.port):
+        assert re.search(rf"^http://127.0.0.1:{port}\S* +4 +0 +\d", done.stdout, re.MULTILINE), done.stdout
+    counts = [int(found) for found in re.findall(r"^D\(\d,3\) +(\d) +0", done.stdout, re.MULTILINE)]
+    assert (len(counts), sum(counts)) == (2, 8)
+    assert "and 1 more, round-robin" in done.stdout
 
 
 @pytest.mark.parametrize("spread", SPREADS)
