@@ -42,18 +42,20 @@ _CORE = re.compile(r"cpu\d+_percent")
 
 @dataclass(frozen=True, slots=True)
 class Detail:
-    """How much is drawn of one point: vertices of a line, lines of a chart, charts of what is not known by name."""
+    """How much is drawn of one point: vertices of a line, lines of a chart, charts of machines and of engines beyond
+    the main ones."""
 
     vertices: int = 500
     lines: int = 12
-    others: int = 24
+    machines: int = 24
+    engines: int = 24
 
 
 def detail_for(points: int) -> Detail:
     """A file with 500 points must open as well."""
     if points <= 4:
         return Detail()
-    return Detail(250) if points <= MAX_POINTS_IN_FULL else Detail(60, 3, 4)
+    return Detail(250) if points <= MAX_POINTS_IN_FULL else Detail(60, 3, 0, 4)
 
 
 # one point over time
@@ -148,7 +150,7 @@ def _machines(draws: _Draws, nodes: Mapping[str, Any], start: float, end: float)
     for name, (title, unit) in _FIRST.items():
         if curves := found.pop(name, None):
             made.append(draws.chart(title, unit, curves, **({"y": Scale(0.0, 104.0)} if name == "GPU util" else {})))
-    return made + _others(draws, found, "")
+    return made + _others(draws, found, "", draws.detail.machines)
 
 
 def _engines(draws: _Draws, engines: Mapping[str, Any], start: float, end: float) -> list[Chart]:
@@ -159,7 +161,7 @@ def _engines(draws: _Draws, engines: Mapping[str, Any], start: float, end: float
             if column != "t_s" and any(value is not None for value in values):
                 times = part["t_s"][-len(values) :] if values else []
                 found.setdefault(column, []).append((str(engine), times, values))
-    return _others(draws, found, "Engine: ")
+    return _others(draws, found, "Engine: ", draws.detail.engines)
 
 
 def _with_means(part: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
@@ -180,14 +182,14 @@ def _with_means(part: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     return made
 
 
-def _others(draws: _Draws, found: Mapping[str, list[Curve]], prefix: str) -> list[Chart]:
+def _others(draws: _Draws, found: Mapping[str, list[Curve]], prefix: str, most: int) -> list[Chart]:
     """A chart for each column that says anything and is not said better by another."""
     made = []
     for name, curves in found.items():
         is_better_there = name.endswith("_total") and f"{name.removesuffix('_total')}_per_s" in found
         if name not in _NOT_DRAWN and not is_better_there and any(value for _, _, ys in curves for value in ys):
             made.append(_column_chart(draws, prefix, name, curves))
-    return made[: draws.detail.others]
+    return made[:most]
 
 
 def _column_chart(draws: _Draws, prefix: str, name: str, curves: Sequence[Curve]) -> Chart:

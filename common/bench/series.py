@@ -6,6 +6,7 @@ engines' file holds several engines: a column `replica` says whose line it is.
 
 from __future__ import annotations
 
+import bisect
 import csv
 import io
 import itertools
@@ -106,16 +107,12 @@ def number(text: str) -> float | None:
 
 
 def within(columns: Mapping[str, Sequence[float | None]], begin_s: float, end_s: float) -> dict[str, list[Any]]:
-    """The samples of a stretch of time, with times after its begin."""
-    times = [
-        (place, at) for place, at in enumerate(columns.get("t_s", ())) if at is not None and begin_s <= at <= end_s
-    ]
-    cut: dict[str, list[Any]] = {"t_s": [at - begin_s for _, at in times]}
-    if times:
-        first, last = times[0][0], times[-1][0] + 1
-        for name, values in columns.items():
-            if name != "t_s":
-                cut[name] = list(values[first:last])
+    """The samples of a stretch of time, with times after its begin. Times rise, as `series_of` gives them."""
+    times: Sequence[Any] = columns.get("t_s", ())
+    first, last = bisect.bisect_left(times, begin_s), bisect.bisect_right(times, end_s)
+    cut: dict[str, list[Any]] = {"t_s": [at - begin_s for at in times[first:last]]}
+    if first < last:
+        cut |= {name: list(values[first:last]) for name, values in columns.items() if name != "t_s"}
     return cut
 
 
