@@ -71,7 +71,7 @@ class LogsConfig(Group, frozen=True):
     """
 
     bytes_max: Bytes = 1 << 30
-    age_max_s: Annotated[float, msgspec.Meta(gt=0)] = 14 * 86_400.0
+    age_max_s: Annotated[int, msgspec.Meta(ge=1)] = 14 * 86_400
     own_bytes_max: Annotated[int, msgspec.Meta(ge=65_536)] = 64 << 20
     roots: tuple[str, ...] = ()
 

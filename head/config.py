@@ -70,7 +70,7 @@ class LogsConfig(Group, frozen=True):
     """The head's own log in its state directory, beside what goes to standard error."""
 
     own_bytes_max: Annotated[int, msgspec.Meta(ge=65_536)] = 64 << 20
-    age_max_s: Annotated[float, msgspec.Meta(gt=0)] = 14 * 86_400.0
+    age_max_s: Annotated[int, msgspec.Meta(ge=1)] = 14 * 86_400
 
 
 class HeadConfig(Group, frozen=True):

@@ -245,7 +245,7 @@ class TestLongWork:
             (("jobs", "cancel", JOB), f"jobs/{JOB}/cancel", f"herder jobs show {JOB}"),
             (("health-check", "--target-url", "http://h/"), "health_check", "goes on"),
             (("nodes", "drain", "n1"), "nodes/n1/drain", "goes on"),
-            (("logs", "chat-0", "-f"), "replicas", "goes on"),
+            (("logs", "chat-0", "-f"), "logs", "goes on"),
             (("events", "--after", "7"), "events", "herder events --after 7"),
             (("backup", "kept.sqlite"), "backup", "goes on"),
             (("chat", "smollm2", "hello"), "/v1/chat/completions", "nothing goes on"),

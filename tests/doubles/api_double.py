@@ -7,7 +7,7 @@ requests of a path fail in a chosen way. Jobs go through the views that a test g
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -86,6 +86,8 @@ class ApiDouble:
         self.scripts: dict[str, deque[types.JobView]] = {}
         self.events: list[types.Event] = []
         self.log_pieces: list[bytes] = [b"one\n", b"two\n"]
+        self.log_entries: list[types.LogEntry] = []  # of /logs; cursors are counted by the double
+        self.log_breaks: list[int] = []  # after so many entries the connection of the n-th reader breaks
         self.chat_lines: list[str] = []
         self.chat_hold: asyncio.Event | None = None  # the end of a chat answer waits for it
         self.was_chat_left = False  # the client was gone by then
@@ -167,7 +169,12 @@ class ApiDouble:
         key = request.headers.get("Idempotency-Key", "")
         if key and key in self._answers:
             return web.Response(body=self._answers[key], content_type="application/json")
-        streams = {"/events": self._events, "/backup": self._backup, "/v1/chat/completions": self._chat}
+        streams = {
+            "/logs": self._entries,
+            "/events": self._events,
+            "/backup": self._backup,
+            "/v1/chat/completions": self._chat,
+        }
         if path in streams:
             return await streams[path](request)
         if path.endswith("/logs"):
@@ -227,6 +234,32 @@ class ApiDouble:
                     data = msgspec.json.encode(event)
                     await response.write(b"id: %d\nevent: %s\ndata: %s\n\n" % (event.id, event.what.encode(), data))
             await news.wait()
+
+    async def _entries(self, request: web.Request) -> web.StreamResponse:
+        """Entries after the cursors that come, each with its own; then the end, unless the connection breaks before."""
+        query = await request.json() if request.method == "POST" else request.query
+        known = dict(cursor.rsplit("/", 2)[::2] for cursor in filter(None, query.get("cursor", "").split(",")))
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        await response.write(b'{"cursor":"*/0/1"}\n')
+        breaks_after = self.log_breaks.pop(0) if self.log_breaks else -1
+        counts: Counter[str] = Counter()
+        given = 0
+        for entry in self.log_entries:
+            name = f"{entry.source}@{entry.node}"
+            counts[name] += 1
+            if counts[name] <= int(known.get(name, 0)):
+                continue
+            if given == breaks_after:
+                await response.write(b'{"source":"half of an en')
+                assert request.transport is not None
+                request.transport.abort()
+                return response
+            given += 1
+            data = msgspec.json.encode(msgspec.structs.replace(entry, cursor=f"{name}/0/{counts[name]}"))
+            await response.write(data + b"\n")
+        await response.write(b'{"is_end":true}\n')
+        return response
 
     async def _logs(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})

@@ -54,7 +54,7 @@ def test_every_option_is_explained(path: tuple[str, ...]) -> None:
         if isinstance(parameter, click.Option):
             assert parameter.help, parameter.opts
             short = {name for name in parameter.opts if len(name) == 2}
-            assert short <= {"-o", "-q", "-f", "-h", "-V"}, short
+            assert short <= {"-o", "-q", "-f", "-h", "-i", "-V"}, short
 
 
 @pytest.mark.parametrize("path", [path for path in ALL if path and path[0] not in ("head", "agent")], ids=" ".join)
