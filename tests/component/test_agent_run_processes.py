@@ -116,6 +116,8 @@ async def test_generator_is_killed(tmp_path: Path, door: Door) -> None:
         agent.command(fire())
         await until(lambda: len(door.asked) > 5, "load")
         assert len(agent.members()) == 3
+        for pid in agent.members():
+            os.kill(pid, signal.SIGSTOP)  # a worker that hears nothing does not end by itself either
         os.kill(agent.state.runs[RUN].pid, signal.SIGKILL)
         result = await agent.result()
         assert (result.outcome, result.error and result.error.code) == ("failed", "run_failed")
@@ -123,6 +125,19 @@ async def test_generator_is_killed(tmp_path: Path, door: Door) -> None:
         assert "signal 9" in result.error.message
         assert any("running" in line for line in result.detail["last_log"])
         assert agent.members() == []
+
+
+async def test_generator_hangs(tmp_path: Path, door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A generator that does not end at its stop_after is killed with its workers a while later."""
+    monkeypatch.setattr(limits, "RUN_STOP_GRACE_MS", 500)
+    async with rig(tmp_path, door) as agent:
+        await agent.armed(spec={"duration": 60.0}, stop_after_ms=3_000)
+        for pid in agent.members():
+            os.kill(pid, signal.SIGSTOP)
+        result = await agent.result()
+        assert (result.outcome, result.error and result.error.code) == ("failed", "timed_out")
+        await until(lambda: agent.members() == [], "the end of every process")
+        await until(lambda: agent.runs.live == {}, "nothing that is watched")
 
 
 async def test_worker_is_killed_before_the_start(tmp_path: Path, door: Door) -> None:
