@@ -265,6 +265,7 @@ class Agent:
             has_session=self.link.session is not None,
             sessions=self.link.sessions,
             telemetry=self.telemetry,
+            sample=self.sample,
             inventory=self.inventory,
             dram_budget_bytes=self.inventory.dram_budget_bytes,
             mover_starts=self.mover.starts,

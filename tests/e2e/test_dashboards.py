@@ -20,6 +20,7 @@ from tests.e2e.processes import until
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = sorted((ROOT / "monitoring" / "grafana" / "dashboards").glob("*.json"))
 SECRET = "a-word-for-the-agents"
+FACTS = "util=55 sm_mhz=1980 mem_mhz=2619 throttle=4 nvlink_tx_kib=9 nvlink_rx_kib=9 pcie_tx=7 pcie_rx=7"
 
 
 def panels(path: Path) -> list[dict[str, Any]]:
@@ -50,7 +51,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         secret.write_text(SECRET + "\n")
         secret.chmod(0o600)
         agent = cluster.add_agent("n1", is_started=False, http={"port": 0, "token_file": str(secret)})
-        agent.environ = fake_nvml.environment(fake_nvml.build(folder / "nvml"), folder / "no-facts")
+        facts = folder / "facts"
+        facts.write_text("".join(f"gpu {number} {FACTS}\nlink 0 1\n" for number in range(2)))
+        agent.environ = fake_nvml.environment(fake_nvml.build(folder / "nvml"), facts)
         agent.start()
         cluster.wait_node("n1")
         cluster.serve_tiny("tiny", "n1")
