@@ -28,6 +28,7 @@ class Figures:
     window_s: float = 0.0
     """How much of the window has passed."""
     output_tokens: int = 0
+    """That came in the window."""
     input_tokens: int = 0
     output_tok_s: float = 0.0
     threads: int = 0
@@ -175,15 +176,16 @@ def of_report(report: Mapping[str, Any], threads: int) -> Figures:
     """The figures of a finished run's report, as plain data."""
     histograms = report["histograms"]
     counts = report["counts"]
-    window = report["window"]
+    window, rates = report["window"], report["throughput"]
+    window_s = window["end_s"] - window["begin_s"]
     return Figures(
         requests=counts["in_window"],
         errors=counts["failed"],
         latency=Histogram.from_wire(histograms["e2e"]),
-        window_s=window["end_s"] - window["begin_s"],
-        output_tokens=report["output_tokens"],
-        input_tokens=report["input_tokens"],
-        output_tok_s=report["throughput"]["output_tok_s"],
+        window_s=window_s,
+        output_tokens=round(rates["output_tok_s"] * window_s),
+        input_tokens=round(rates["input_tok_s"] * window_s),
+        output_tok_s=rates["output_tok_s"],
         threads=threads,
         others={name: Histogram.from_wire(histograms[name]) for name in MERGED if name in histograms},
         errors_by_kind=dict(report["errors"]),
