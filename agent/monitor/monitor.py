@@ -218,6 +218,7 @@ class Monitor:
             log.exception("the monitor failed")
         finally:
             self.close()
+            self.stopping.set()  # whoever waits for a signal beside us need not wait any more
 
     def _sample_on(self) -> None:
         settings = self.settings

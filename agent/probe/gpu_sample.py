@@ -1,12 +1,13 @@
 """One GPU's readings in full: what the monitor writes down once a second or faster, and which processes use it.
 
-About twelve short calls per card. The one call that takes long, `nvmlDeviceGetPcieThroughput`, which measures over
-20 ms each time, stands apart (`pcie_rates`); where the driver counts PCIe bytes itself it is not needed.
+About nine short calls per card, and three more once a second. The one call that takes long,
+`nvmlDeviceGetPcieThroughput`, which measures over 20 ms each time, stands apart (`pcie_rates`); where the driver counts
+PCIe bytes itself it is not needed.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pynvml
@@ -87,23 +88,43 @@ class GpuProcess(msgspec.Struct, frozen=True):
     name: str = ""
 
 
-def sample(index: int, uuid: str, handle: Any) -> GpuSample:
-    """What one unit says now; a lost one says so and nothing else."""
+class Steady(NamedTuple):
+    """What changes seldom enough to be asked once a second, however often the rest is."""
+
+    power_limit_w: float | None
+    ecc_corrected: int | None
+    ecc_uncorrected: int | None
+
+
+def steady(handle: Any) -> Steady | None:
+    """None when the GPU is lost."""
+    volatile = pynvml.NVML_VOLATILE_ECC
     try:
-        return _sample(index, uuid, handle)
+        limit_mw = attempt(None, pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)
+        errors = [
+            attempt(None, pynvml.nvmlDeviceGetTotalEccErrors, handle, kind, volatile)
+            for kind in (pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED)
+        ]
+    except pynvml.NVMLError:
+        return None
+    return Steady(None if limit_mw is None else limit_mw / 1000, errors[0], errors[1])
+
+
+def sample(index: int, uuid: str, handle: Any, known: Steady | None) -> GpuSample:
+    """What one unit says now, with what was `known` a moment ago; a lost one says so and nothing else."""
+    try:
+        return _sample(index, uuid, handle, known or Steady(None, None, None))
     except pynvml.NVMLError:  # `attempt` lets only the loss of the GPU through
         return GpuSample(index=index, uuid=uuid, is_lost=True)
 
 
-def _sample(index: int, uuid: str, handle: Any) -> GpuSample:
+def _sample(index: int, uuid: str, handle: Any, known: Steady) -> GpuSample:
     total, used, free = memory(handle)
     rates = attempt(None, pynvml.nvmlDeviceGetUtilizationRates, handle)
     power_mw = attempt(None, pynvml.nvmlDeviceGetPowerUsage, handle)
-    limit_mw = attempt(None, pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)
     energy_mj, nvlink_tx, nvlink_rx, pcie_tx, pcie_rx = _fields(handle)
     if energy_mj is None:
         energy_mj = attempt(None, pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
-    volatile = pynvml.NVML_VOLATILE_ECC
     return GpuSample(
         index=index,
         uuid=uuid,
@@ -113,18 +134,14 @@ def _sample(index: int, uuid: str, handle: Any) -> GpuSample:
         utilisation=None if rates is None else rates.gpu / 100,
         memory_utilisation=None if rates is None else rates.memory / 100,
         power_w=None if power_mw is None else power_mw / 1000,
-        power_limit_w=None if limit_mw is None else limit_mw / 1000,
+        power_limit_w=known.power_limit_w,
         energy_j=None if energy_mj is None else energy_mj / 1000,
         temperature_c=temperature(handle),
         sm_clock_mhz=attempt(None, pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
         memory_clock_mhz=attempt(None, pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
         throttle=_throttle(handle),
-        ecc_corrected=attempt(
-            None, pynvml.nvmlDeviceGetTotalEccErrors, handle, pynvml.NVML_MEMORY_ERROR_TYPE_CORRECTED, volatile
-        ),
-        ecc_uncorrected=attempt(
-            None, pynvml.nvmlDeviceGetTotalEccErrors, handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, volatile
-        ),
+        ecc_corrected=known.ecc_corrected,
+        ecc_uncorrected=known.ecc_uncorrected,
         nvlink_tx_bytes=None if nvlink_tx is None else nvlink_tx * _KIB,
         nvlink_rx_bytes=None if nvlink_rx is None else nvlink_rx * _KIB,
         pcie_tx_bytes=pcie_tx,

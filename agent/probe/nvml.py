@@ -24,12 +24,13 @@ import msgspec
 import pynvml
 
 from agent.probe import gpu_sample
-from agent.probe.gpu_sample import GpuProcess, GpuSample
+from agent.probe.gpu_sample import GpuProcess, GpuSample, Steady
 from agent.probe.nvml_calls import LOST, attempt, memory, process_bytes, temperature
 from common.wire import Gpu, GpuReading
 
 TIMEOUT_S = 5.0  # an idle driver without persistence mode takes about 2 s to wake up
 RETRY_S = 30.0  # between attempts to open a library that refused
+STEADY_S = 0.9  # for what changes seldom; below a second, so that one sample a second has it fresh
 MIG_INDEX_BASE = 100
 MIG_INDEX_STRIDE = 10
 SILENT = "NVML did not answer"
@@ -184,6 +185,8 @@ class _Library:
         self._units: tuple[_Unit, ...] | None = None
         self._uuids: dict[int, str] = {}  # as last seen, to name a GPU that was lost since
         self._absent: dict[int, Any] = {}  # index -> the NVMLError instead of a GPU
+        self._steady: dict[int, Steady | None] = {}
+        self._steady_at_s = float("-inf")
         self._seen_us: dict[int, int] = {}  # index -> until when the use by processes was read
 
     def inventory(self) -> GpuInventory:
@@ -233,7 +236,12 @@ class _Library:
             for index, error in self._absent.items()
             if error.value in LOST
         ]
-        found = [gpu_sample.sample(unit.index, unit.uuid, unit.handle) for unit in self._units]
+        if time.monotonic() - self._steady_at_s >= STEADY_S:
+            self._steady_at_s = time.monotonic()
+            self._steady = {unit.index: gpu_sample.steady(unit.handle) for unit in self._units}
+        found = [
+            gpu_sample.sample(unit.index, unit.uuid, unit.handle, self._steady.get(unit.index)) for unit in self._units
+        ]
         return tuple(sorted([*lost, *found], key=lambda sample: sample.index))
 
     def pcie_rates(self) -> dict[int, tuple[float | None, float | None]]:

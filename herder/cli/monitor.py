@@ -25,6 +25,7 @@ EXAMPLES = (
     "herder monitor -o json | jq .host.cpu.busy",
 )
 DRAW_S = 0.5
+IDLE_S = 3_600.0  # nothing to do here until a signal or the monitor's own end
 _SIZE = re.compile(r"(\d+)\s*(?:([KMG])i?B?|B)?", re.IGNORECASE)
 _SHIFTS = {"": 0, "k": 10, "m": 20, "g": 30}
 
@@ -155,11 +156,9 @@ def _run(options: Globals, monitor: Monitor, is_drawn: bool) -> int:
         monitor.start()
         if monitor.server is not None:
             output.note(options, f"/metrics on port {monitor.server.port}")
-        while not monitor.stopping.wait(DRAW_S if view else 3600.0 if not monitor.settings.stop_after_s else DRAW_S):
+        while not monitor.stopping.wait(DRAW_S if view else IDLE_S):
             if view:
                 view.draw()
-            if not monitor.is_running:
-                break
     finally:
         monitor.stop()
         for number, handler in kept.items():

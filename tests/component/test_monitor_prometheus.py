@@ -112,7 +112,7 @@ def test_a_real_prometheus_reads_it(tmp_path: Path, driver: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("a-word\n")
     secret.chmod(0o600)
-    words = ("--listen", "0", "--interval", "0.1s", "--metrics-token-file", str(secret), "--seed-names")
+    words = ("--listen", "0", "--interval", "0.5s", "--metrics-token-file", str(secret), "--seed-names")
     monitor = herder(tmp_path, *words, library=driver, facts=FACTS)
     try:
         port = port_of(monitor)

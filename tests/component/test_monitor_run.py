@@ -57,8 +57,8 @@ def test_a_run_writes_its_files_and_ends_well(tmp_path: Path, driver: Path, engi
         rows = monitor.rows()
         header = (tmp_path / "monitor.csv").read_text().splitlines()[0]
         assert header.startswith("timestamp,gpu0_util,gpu0_mem_used,gpu1_util,gpu1_mem_used,cpu_percent,ram_used_MB,")
-        assert {row["gpu1_util"] for row in rows} == {"77"}
-        assert {row["gpu1_mem_used"] for row in rows} == {"2048"}
+        assert {row["gpu1_util"] for row in rows} - {""} == {"77"}  # empty where the machine was too slow
+        assert {row["gpu1_mem_used"] for row in rows} - {""} == {"2048"}
         moments = len(rows) - 1 + int(rows[-1]["missed_ticks"])
         assert abs(moments - float(rows[-1]["elapsed_s"]) / 0.1) <= 1  # each moment is a row or missed
         assert all(float(row["cpu_percent"]) >= 0 for row in rows[1:] if row["cpu_percent"])
@@ -105,7 +105,7 @@ def test_a_lost_gpu_does_not_end_it(tmp_path: Path, driver: Path) -> None:
         monitor.describe("count 2\nlost 1\n")
         until(lambda: [row for row in monitor.rows() if row["gpu1_lost"] == "1"], "loss of GPU 1")
         assert monitor.end() == 0
-        last = monitor.rows()[-1]
+        last = [row for row in monitor.rows() if row["gpu1_lost"] == "1"][-1]
         assert (last["gpu1_util"], last["gpu1_mem_used"], last["gpu1_power_w"]) == ("", "", "")
         assert last["gpu0_util"] == "10"
 
@@ -236,3 +236,36 @@ def test_a_disk_that_fills_is_told_and_survived(tmp_path: Path) -> None:
     assert all(None not in row and None not in row.values() for row in rows)
     assert status(tmp_path)["state"] == "ended"
     assert monitor.said().count("samples cannot be written and are lost") == 1
+
+
+@pytest.mark.engine
+def test_a_real_engine_is_understood(tmp_path: Path) -> None:
+    """A real llama-server behind an API key: its tokens and requests arrive in the columns."""
+    server, gguf = os.environ.get("HERDER_TEST_LLAMA_SERVER", ""), os.environ.get("HERDER_TEST_GGUF", "")
+    if not server or not gguf:
+        pytest.skip("HERDER_TEST_LLAMA_SERVER and HERDER_TEST_GGUF name no engine and model; scripts/test sets them")
+    port = free_port()
+    words = ("-m", gguf, "--port", str(port), "--metrics", "--api-key", "k1", "-c", "256", "-t", "1")
+    with (tmp_path / "engine.log").open("wb") as log:
+        process = subprocess.Popen([server, *words], stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    key = {"Authorization": "Bearer k1", "Content-Type": "application/json"}
+    try:
+        watch = EngineWatch(Target(f"{url}/v1", "r1", "k1"), lambda sample: None, interval_s=1.0)
+        assert EngineWatch(Target(f"{url}/v1", "r1", "other"), lambda sample: None, interval_s=1.0).look().error
+        until(lambda: process.poll() is not None or watch.look().is_up, "engine that is ready")
+        assert process.poll() is None, (tmp_path / "engine.log").read_text()
+        before = watch.look().values
+        body = json.dumps({"prompt": "One two three", "max_tokens": 5, "temperature": 0}).encode()
+        status_code, answer = ask("POST", f"{url}/v1/completions", headers=key, body=body, timeout_s=60)
+        assert status_code == 200, answer
+        after = watch.look().values
+        tokens = json.loads(answer)["usage"]["completion_tokens"]
+        assert after["generation_tokens_total"] - before["generation_tokens_total"] == tokens
+        assert after["prompt_tokens_total"] > before["prompt_tokens_total"]
+        assert after["decodes_total"] > before["decodes_total"]
+        assert after["requests_running"] == 0
+        assert after["generation_tokens_per_s"] > 0
+    finally:
+        process.terminate()
+        process.wait(30)
