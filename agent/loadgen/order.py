@@ -97,6 +97,7 @@ def order_of(asked_for: LoadSpec, aim: Aim, *, part: int = 0, parts: int = 1) ->
     api = vectors.api_of(asked_for) if is_search else api_for(scenarios, asked_for.api)
     if not asked_for.model and api.name != "http" and not is_search:
         raise ValueError("model is missing")
+    _check_fit(asked_for, api)
     targets = _targets(aim, api, asked_for)
     if asked_for.points and (parts > 1 or len(targets) > 1):
         raise ValueError("points are put in for one load node and one URL; fill the collection beforehand")
@@ -146,6 +147,18 @@ def order_of(asked_for: LoadSpec, aim: Aim, *, part: int = 0, parts: int = 1) ->
         asked_for, asked, targets, aim.spread, style, workload, drawn, limits, tokenizer,
         words.count_answer if isinstance(words, ServerWords) else None, part, parts,
     )  # fmt: skip
+
+
+def _check_fit(asked_for: LoadSpec, api: Api) -> None:
+    """What an API cannot do is refused, not passed over. Raises: ValueError."""
+    if asked_for.turns > 1 and not api.makes_tokens:
+        raise ValueError(f"turns are for APIs that answer in words, not {api.name}")
+    if asked_for.batch > 1 and api.name not in ("embeddings", "ollama-embed", "rerank"):
+        raise ValueError(f"batch is for embeddings and rerank, not {api.name}")
+    if asked_for.body and api.name != "http":
+        raise ValueError("body is for plain HTTP")
+    if asked_for.chunk_usage and (api.name not in ("chat", "completions") or not asked_for.stream):
+        raise ValueError("chunk_usage is for streamed chat and completions")
 
 
 def _words(asked_for: LoadSpec, api: Api, target: Target, lines: Sequence[str], tokenizer: Tokenizer | None) -> Words:
