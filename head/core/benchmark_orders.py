@@ -43,6 +43,13 @@ def urls_of(state: State, benchmark: Benchmark, recipe: BenchmarkRecipe) -> tupl
     return tuple(_url(route) for route in routes(state, benchmark))
 
 
+def servers_of(state: State, benchmark: Benchmark) -> tuple[str, ...]:
+    """The engines' processes, named so that another process of the same replica has another name."""
+    held = replica_facts.of_service(state, benchmark.service) if benchmark.service else []
+    running = [one for one in held if one.desired == "running"]
+    return tuple(f"{one.id}@{one.node}/{one.generation}/{one.restarts}/{one.pid}" for one in running)
+
+
 def _url(route: Route) -> str:
     host = f"[{route.host}]" if ":" in route.host else route.host
     return f"http://{host}:{route.port}"

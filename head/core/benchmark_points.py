@@ -57,7 +57,7 @@ def advance(turn: Turn, benchmark: Benchmark, recipe: BenchmarkRecipe, point: Po
         case "preparing":
             _prepare(turn, point)
         case "armed":
-            _arm(turn, point)
+            _arm(turn, benchmark, recipe, point)
         case "running":
             _run(turn, recipe, point)
         case "collecting":
@@ -105,7 +105,7 @@ def _prepare(turn: Turn, point: Point) -> None:
     _enter(turn, point, "armed")
 
 
-def _arm(turn: Turn, point: Point) -> None:
+def _arm(turn: Turn, benchmark: Benchmark, recipe: BenchmarkRecipe, point: Point) -> None:
     """Everybody is ready: asks the clocks, and names the moment once all are known."""
     state = turn.state
     going = _going(state, point)
@@ -114,6 +114,10 @@ def _arm(turn: Turn, point: Point) -> None:
         return
     if any(run.state != "armed" for run in going):
         _enter(turn, point, "preparing")  # an agent began anew
+        return
+    if benchmark_orders.urls_of(state, benchmark, recipe) != point.urls:
+        moved = Unavailable("an engine is not where it was when the load was prepared", urls=list(point.urls[:20]))
+        fail(turn, point, moved.info())
         return
     clocks = {run.node: benchmark_runs.clock_of(turn, run.node) for run in going}
     unknown = [node for node, clock in clocks.items() if clock is None]
@@ -133,7 +137,8 @@ def _arm(turn: Turn, point: Point) -> None:
         assert clock is not None
         benchmark_runs.fire(turn, run, fire_ms * _NS + clock.offset_ns)
     skew_ms = sum(bounds[:2]) / _NS if len(bounds) > 1 else 0.0
-    _enter(turn, replace(point, fire_ms=fire_ms, skew_ms=skew_ms), "running")
+    servers = benchmark_orders.servers_of(state, benchmark)
+    _enter(turn, replace(point, fire_ms=fire_ms, skew_ms=skew_ms, servers=servers), "running")
 
 
 def _run(turn: Turn, recipe: BenchmarkRecipe, point: Point) -> None:
@@ -175,7 +180,8 @@ def _collect(turn: Turn, benchmark: Benchmark, point: Point) -> None:
     if not any(run.state == "done" for run in load_runs(state, point)):
         fail(turn, point, _first_error(state, point))
         return
-    judged = _enter(turn, _with_parts(turn, point), "judging")
+    reasons = ("server_changed",) if benchmark_orders.servers_of(state, benchmark) != point.servers else ()
+    judged = _enter(turn, replace(_with_parts(turn, point), reasons=reasons), "judging")
     _judge(turn, benchmark, judged)
 
 
@@ -210,7 +216,7 @@ def judged(turn: Turn, point: Point, event: PointJudged) -> None:
     if event.error is not None:
         fail(turn, point, event.error)
         return
-    reasons = event.reasons[:_REASONS]
+    reasons = tuple(dict.fromkeys((*point.reasons, *event.reasons)))[:_REASONS]
     if point.coverage < 1 and "degraded" not in reasons:
         reasons = (*reasons, "degraded")
     figures = dict(sorted(event.figures.items())[:_FIGURES])

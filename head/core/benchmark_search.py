@@ -14,8 +14,8 @@ import msgspec
 from common.bench.recipe import Search, Slo
 from head.core.objects import Point
 
-SERVER_REASONS = frozenset({"no_success", "drain_timeout"})
-"""Why a run is invalid when that is the server's doing: it could not answer."""
+SERVER_REASONS = frozenset({"no_success", "drain_timeout", "server_changed"})
+"""Why a run is invalid when that is the server's doing: it could not answer, or an engine fell and was replaced."""
 _LOWEST = 64  # when the start fails, loads down to this fraction of it are tried
 ATTEMPTS = 2  # of a point that says nothing
 

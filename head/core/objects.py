@@ -370,6 +370,7 @@ class Point(Object, frozen=True):
     runs: tuple[str, ...] = ()  # keys of its load Runs, by part
     parts: tuple[Part, ...] = ()  # what became of them, once it is being judged
     urls: tuple[str, ...] = ()  # where the load went
+    servers: tuple[str, ...] = ()  # the engines' processes at the start
     since_ms: int = 0  # when it came to its present state
     started_ms: int = 0
     fire_ms: int = 0  # when it began, Herder time

@@ -15,7 +15,17 @@ from common.errors import (
     ServiceNotFound,
 )
 from common.wire import CopyStatus
-from head.core import benchmark_facts, commands, drains, memory_needs, node_facts, placement, replica_facts, service_specs, service_views
+from head.core import (
+    benchmark_facts,
+    commands,
+    drains,
+    memory_needs,
+    node_facts,
+    placement,
+    replica_facts,
+    service_specs,
+    service_views,
+)
 from head.core.objects import Copy, Job, Node, Replica, Service
 from head.core.state import STEP_ENDED, State
 from herder.types import Candidate, Why

@@ -137,6 +137,12 @@ class BenchWorld(EngineWorld):
             self.says(key, "running", start_boottime_ns=self.run(key).start_boottime_ns)
         return keys
 
+    def fire_in_vain(self, benchmark: str, number: int = 0) -> None:
+        """Everybody is ready for a point that is given up then."""
+        for key in self.point(benchmark, number).runs:
+            self.says(key, "armed")
+        self.forget_all()
+
     def hand_in(self, key: str, *names: str) -> None:
         """A run's files come, and its result."""
         run = self.run(key)

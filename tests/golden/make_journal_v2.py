@@ -33,7 +33,8 @@ OBJECTS: tuple[objects.Object, ...] = (
     ),
     objects.Point(
         "bench-1", 0, {"rate": 4.0}, 1, 7, 0, 1, "completed", ("bench-1.0.0",),
-        (objects.Part("bench-1.0.0", "n1", "done", ("load.bin",)),), ("http://10.0.0.9:8000",), T, T, T, T, 0.4, 0.5,
+        (objects.Part("bench-1.0.0", "n1", "done", ("load.bin",)),), urls=("http://10.0.0.9:8000",),
+        servers=("chat-0@n1/7/0/42",), since_ms=T, started_ms=T, fire_ms=T, ended_ms=T, skew_ms=0.4, coverage=0.5,
         reasons=("degraded",), figures={"req_s": 3.9},
     ),
     objects.Run(

@@ -152,7 +152,8 @@ class Measurers:
         keeps = recipe.server.serve is not None and recipe.server.serve.keep
         if benchmark.is_own_service and service is not None and not keeps:
             yield f"{benchmark.id} has ended and its service is {service.desired}"
-        if benchmark.state == "completed" and recipe.search is not None:
+        is_one_server = not any("server_changed" in point.reasons for point in points)
+        if benchmark.state == "completed" and recipe.search is not None and is_one_server:
             yield from _wrong_best(benchmark, recipe)
         left = [key for key in state.keys if key.startswith(f"{benchmark.id}-")]
         if left:

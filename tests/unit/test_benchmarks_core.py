@@ -470,9 +470,13 @@ class TestServer:
         world.serve(devices=("n1:disk",))
         world.ready()
         key = world.measure(server={"service": "svc"}, sweep={"rate": [1, 2]})
+        (run,) = world.fire(key)
         world.unserve()
-        world.perform(key)
+        world.hand_in(run)
+        world.judge(key)
+        world.forget_all()
         assert world.point_states(key) == ["completed", "cancelled"]
+        assert world.point(key).reasons == ("server_changed",)
         assert "was stopped" in str(world.benchmark(key).error)
 
     def test_through_the_gateway_it_has_a_key_of_its_own(self) -> None:
@@ -493,6 +497,32 @@ class TestServer:
         world.cancel_benchmark(key)
         world.forget_all()
         assert not world.state.keys
+
+    def test_an_engine_that_moved_is_not_loaded_where_it_was(self) -> None:
+        """The order names its address: prepared load is given up, and prepared again for the new one."""
+        world = BenchWorld("n1", "n2")
+        world.add_model("m", "n1")
+        world.serve(devices=("n1:disk",))
+        world.ready()
+        key = world.measure(server={"service": "svc"})
+        world.ready(port=9001, pid=78)
+        world.fire_in_vain(key)
+        assert world.point_states(key) == ["failed", "preparing"]
+        assert world.point(key, 1).urls == ("http://n1.local:9001",)
+        assert not world.told(wire.FireRun)
+
+    def test_an_engine_that_fell_under_load_makes_the_point_invalid(self) -> None:
+        """Its figures are of two processes, or of one and none."""
+        world = BenchWorld("n1", "n2")
+        world.add_model("m", "n1")
+        world.serve(devices=("n1:disk",))
+        world.ready()
+        key = world.measure(server={"service": "svc"})
+        (run,) = world.fire(key)
+        world.ready(restarts=1, pid=78)
+        world.hand_in(run)
+        world.judge(key)
+        assert (world.point(key).is_valid, world.point(key).reasons) == (False, ("server_changed",))
 
 
 class TestEnd:
