@@ -30,7 +30,10 @@ SHOWN = (
 SERIOUS = ("load",)
 """What makes a comparison meaningless when it differs."""
 _ASKED = ("sweep", "slo", "search", "mlperf")
-_NOT_LOAD = ("seed", "nodes", "workers", "url", "model", "host", "tokenizer")
+_NOT_LOAD = (
+    *("seed", "nodes", "workers", "url", "urls", "model", "host", "tokenizer", "headers", "spread"),
+    *("planned_requests", "prepared", "is_cut_short"),  # of a drawn schedule they follow from the seed
+)
 _CHANGES_BY_ITSELF = ("--port", "--host", "-p")
 
 

@@ -171,7 +171,7 @@ def _point(row: Row, series: Mapping[str, Any], detail: html_time.Detail, count:
     if row.coverage < 1:
         facts.append(f"{row.coverage:.2%} of the schedule was performed")
     group = [Group(row.changes, (row,))]
-    inside = [tag("p", "; ".join(facts), class_="dim"), words.latencies(row.report)]
+    inside = [tag("p", "; ".join(facts), class_="dim"), words.latencies(row.report), words.parts(row.report)]
     if count > 1:
         inside.append(
             tag("div", charts.distributions(group, limits={}, vertices=detail.vertices), class_="charts four")

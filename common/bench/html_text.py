@@ -45,6 +45,7 @@ TILES = (
 )
 MAX_NAMED = 12
 MAX_SAMPLES = 5
+MAX_PARTS = 64
 FACTS_BYTES = 60_000
 
 
@@ -304,6 +305,26 @@ def latencies(report: Mapping[str, Any]) -> Markup:
     has_estimates = any(isinstance(cell, str) and cell.startswith("~") for line in lines for cell in line)
     note = tag("p", "~: too few samples for a 99 % bound on this percentile", class_="note") if has_estimates else None
     return joined((table(heads, lines), note))
+
+
+def parts(report: Mapping[str, Any]) -> Markup:
+    """The main figures of each class of requests and of each server, where there were several."""
+    made = []
+    for name, title in (("classes", "Classes of requests"), ("endpoints", "Servers")):
+        found = {key: value for key, value in (report.get(name) or {}).items() if isinstance(value, Mapping)}
+        if len(found) < 2:
+            continue
+        lines = []
+        for key, value in list(found.items())[:MAX_PARTS]:
+            line: list[Any] = [cut(key, 120), f"{value.get('sent', 0):,}", f"{value.get('failed', 0):,}"]
+            for metric in ("ttft", "tpot", "e2e"):
+                shares = (value.get(metric) or {}).get("percentiles") or {}
+                line += [told_ms(shares.get("p50")), told_ms(shares.get("p99"))]
+            lines.append(line)
+        heads = ["", "sent", "failed", "TTFT p50", "p99", "TPOT p50", "p99", "E2E p50", "p99"]
+        more = f", {MAX_PARTS} of {len(found)}" if len(found) > MAX_PARTS else ""
+        made.append(joined((tag("h3", f"{title}{more}"), table(heads, lines))))
+    return joined(made)
 
 
 def errors(rows: Sequence[Row]) -> Markup:

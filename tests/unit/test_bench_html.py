@@ -316,6 +316,17 @@ class TestOneRun:
         assert "In flight" in words
         assert "How latencies are distributed" in words
 
+    def test_servers_and_classes_are_told_apart(self) -> None:
+        """Where several servers were asked, each has its line; one alone has none."""
+        report = made.report(rate=8, seconds=10)
+        summary = {"percentiles": {"p50": 12.5, "p99": 99.0}}
+        report["endpoints"] = {"http://a/": {"sent": 7, "ttft": summary}, "http://b/": {"sent": 8, "ttft": summary}}
+        report["classes"] = {"D(9,9)": {"sent": 15}}
+        words = Page(render(*of_run(report), {})).words
+        assert "Servers" in words
+        assert "http://b/ 8 0 12.5 ms 99.0 ms" in words
+        assert "Classes of requests" not in words
+
     def test_a_point_of_a_head_keeps_what_it_knows(self) -> None:
         """The kept report of one point brings its recipe, its changes and its coverage along."""
         report = made.report(rate=8, seconds=10) | {
