@@ -14,7 +14,7 @@ from common import wire
 from common.manifest import Manifest, ManifestFile
 from head.api.app import ROUTES
 from head.api.routes import ListOf, Media, PageOf
-from head.core.objects import Copy, Job, Model, ModelManifest, Object, Pin, Replica, Service, Step
+from head.core.objects import Benchmark, Copy, Job, Model, ModelManifest, Object, Pin, Replica, Service, Step
 from herder import types as api
 from tests.doubles.api_head import ApiHead, api_head, node, run, until
 from tests.doubles.head_shell import SwitchJournal
@@ -69,14 +69,26 @@ async def a_little_of_everything(head: ApiHead) -> None:
         a_service(),
         a_replica(),
         Job("job-1", "j", "x", "completed", 1, (), ended_ms=2),
+        Benchmark("bench-1", "b", {}, "f" * 64, "me", "completed", 1, 1, "c"),
     ]
     await head.put(*things)
+    assert head.context.benchmarks is not None
+    store = head.context.benchmarks.store
+    store.write(store.folder("bench-1") / "summary.csv", b"point\n")
     head.connect("n1", wire.Telemetry(cpu=0.5, gpus=(wire.GpuReading(0, "GPU-0", 1 << 30, 79 << 30, 0.5),)))
 
 
 PATHS = {
-    "name": {"models": quote(MODEL, safe=""), "services": "chat"},
-    "id": {"nodes": "n1", "jobs": "job-1", "replicas": "chat-0", "story": MODEL, "why": "chat", "keys": "key-viewer"},
+    "name": {"models": quote(MODEL, safe=""), "services": "chat", "benchmark-recipes": "smoke"},
+    "id": {
+        "benchmarks": "bench-1",
+        "nodes": "n1",
+        "jobs": "job-1",
+        "replicas": "chat-0",
+        "story": MODEL,
+        "why": "chat",
+        "keys": "key-viewer",
+    },
 }
 
 

@@ -157,12 +157,17 @@ async def test_no_path_is_without_a_method(tmp_path: Path) -> None:
         client.create_service(service), client.service("X"), client.delete_service("X"), client.create_job(job),
         client.job("X"), client.cancel_job("X"), client.why("X", "X"), client.create_key("viewer", "X"),
         client.revoke_key("X"), client.gateway_models(),
+        client.create_benchmark("X"), client.benchmark("X"), client.cancel_benchmark("X"), client.delete_benchmark("X"),
+        client.benchmark_report("X"), client.benchmark_files("X"), client.benchmark_recipe("X"),
+        client.download_benchmark_file("X", "X", tmp_path / "c"),
         *(listing.page() for listing in (
             client.models(), client.model_locations("X"), client.copies(), client.nodes(), client.devices(),
             client.services(), client.replicas(), client.jobs(), client.story("X"), client.keys(), client.recipes(),
+            client.benchmarks(), client.benchmark_recipes(),
         )),
         *(client.plan(endpoint.path) for endpoint in ENDPOINTS),
         *(anext(stream) for stream in (client.events(resume=False), client.logs("X"), client.chat("X", "X"))),
+        anext(client.live_benchmark("X")),
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(HerderApiError):
@@ -171,6 +176,7 @@ async def test_no_path_is_without_a_method(tmp_path: Path) -> None:
     # What programs use otherwise: the agents' and the event websocket, the short form of stop, and pages for people.
     others = {
         "/api/v1/agent",
+        "/api/v1/agent/runs/X/artifacts/X",
         "/api/v1/events/ws",
         "/api/v1/stop/X/X",
         "/",
