@@ -64,6 +64,7 @@ ALLOWED = {
     *((f"herder/cli/{name}.py", "agent") for name in ("monitor", "monitor_view")),  # the monitor, likewise
     ("herder/cli/monitor.py", "common"),
     *((f"herder/cli/{name}.py", "common") for name in ("benchmarks", "benchmarks_results")),  # comparing, checking
+    *((f"herder/cli/{name}.py", "agent") for name in ("suite", "orchestrate", "executor")),  # suites, without a head
 }
 
 
