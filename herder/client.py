@@ -400,7 +400,7 @@ class AsyncClient(BenchmarkCalls):
                 yield text
 
     async def log_batches(self, **wanted: Unpack[types.LogsWanted]) -> AsyncGenerator[list[types.LogEntry], None]:
-        """As `log_entries`, in the batches in which entries come."""
+        """As `log_entries`, in the batches in which entries come, and with those that hold neither line nor note."""
         async with aclosing(log_reading.log_batches(self._http, dict(wanted))) as batches:  # type: ignore[arg-type]
             async for batch in batches:
                 yield batch
@@ -409,13 +409,14 @@ class AsyncClient(BenchmarkCalls):
         """Lines of logs, merged by time, with their source; a broken connection is taken up again where it was.
 
         Which logs: `target` (any of the following by its name), `service`, `replica`, `run`, `benchmark`, `job`,
-        `node`, `source`. Which lines: `since`, `until`, `search` with `regex` and `ignore_case`, `tail`, `back`, `follow`.
+        `node`, `source`. Which lines: `since`, `until`, `search` with `regex`, `ignore_case`, `tail`, `back`, `follow`.
         Raises: HerderApiError, as `not_found` or `node_unreachable`.
         """
         async with aclosing(self.log_batches(**wanted)) as batches:
             async for batch in batches:
                 for entry in batch:
-                    yield entry
+                    if entry.line is not None or entry.note:
+                        yield entry
 
     # jobs
     def jobs(self, *, status: types.JobState | None = None, name: str = "") -> Listing[types.JobView]:

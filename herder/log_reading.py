@@ -27,7 +27,7 @@ Wanted = Mapping[str, str | int | bool | None]
 async def log_batches(
     transport: Transport, wanted: Wanted, *, is_resuming: bool = True
 ) -> AsyncGenerator[list[LogEntry], None]:
-    """Entries as they come, in batches; only those that hold a line or a note.
+    """Entries as they come, in batches; also those that only say which logs there are, and how far they have come.
 
     wanted: the parameters of GET /api/v1/logs. Raises: HerderApiError when refused; HerderConnectionError when the head
     stays away for UNREACHABLE_S.
@@ -42,9 +42,7 @@ async def log_batches(
                     failures = 0
                     for entry in batch:
                         _note(cursors, entry)
-                    shown = [entry for entry in batch if entry.line is not None or entry.note]
-                    if shown:
-                        yield shown
+                    yield batch
                     if batch[-1].is_end:
                         return
             raise HerderConnectionError("cut_off", "the log broke off before its end")

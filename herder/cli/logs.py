@@ -172,12 +172,14 @@ class _Printer:
 
     def show(self, entries: Iterable[LogEntry]) -> None:
         """Prints them."""
-        sources = {f"{entry.source}@{entry.node}" for entry in entries if entry.line is not None}
+        sources = {f"{entry.source}@{entry.node}" for entry in entries if entry.source}
         for source in sorted(sources - self._colours.keys()):
             self._colours[source] = COLOURS[len(self._colours) % len(COLOURS)]
         self._is_many = self._is_many or len(self._colours) > 1
         parts: list[str] = []
         for entry in entries:
+            if entry.line is None and not entry.note:
+                continue
             if self._is_json:
                 parts.append(_json(entry, is_terminal=self._is_terminal))
             elif entry.note:
@@ -248,6 +250,8 @@ class _Files:
             self._printers[""].show(list(entries))
             return
         for entry in entries:
+            if entry.line is None and not entry.note:
+                continue
             name = f"{entry.source}@{entry.node}" if entry.node else entry.source or "head"
             if name not in self._printers:
                 if len(self._printers) >= FILES_MAX:

@@ -77,7 +77,7 @@ def test_a_head_that_stays_away(head: ApiDouble, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(HerderConnectionError):
         asyncio.run(read(head))
     head.log_breaks = []
-    head.fail_next("/api/v1/logs?service=chat&follow=true&format=jsonl", 503)
+    head.fail_next("/api/v1/logs", 503)
     with pytest.raises(HerderApiError):
         asyncio.run(read(head))
     assert following.UNREACHABLE_S > 60

@@ -242,6 +242,10 @@ class ApiDouble:
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
         await response.write(b'{"cursor":"*/0/1"}\n')
+        for source, node in dict.fromkeys((entry.source, entry.node) for entry in self.log_entries):
+            cursor = f"{source}@{node}/0/{known.get(f'{source}@{node}', 0)}"
+            begin = types.LogEntry(source=source, node=node, cursor=cursor)
+            await response.write(msgspec.json.encode(begin) + b"\n")
         breaks_after = self.log_breaks.pop(0) if self.log_breaks else -1
         counts: Counter[str] = Counter()
         given = 0
