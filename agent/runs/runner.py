@@ -215,7 +215,7 @@ class Runner:
             shares = shares_of(order)
         count = order.tokenizer.count if order.tokenizer is not None else None
         seconds = Seconds(self.directory.path / "ticks.jsonl", found.run, len(shares))
-        with filled(order.spec, order.targets[0]):
+        with filled(order.spec, order.targets[0]) as left:
             crew = Crew(shares, count_tokens=count, on_tick=seconds.take)
             try:
                 with on_signals(lambda: self._stop(crew)):
@@ -225,6 +225,7 @@ class Runner:
             finally:
                 crew.close()
                 seconds.flush()
+        measured.said += left
         if measured.lost_workers == len(shares):
             raise RunFailed(f"no process of the load generator came to its end: {'; '.join(measured.said)[:500]}")
         self._keep(order, measured)

@@ -55,6 +55,16 @@ class Live:
     error: ErrorInfo | None = None  # why it had to be killed
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was found in a run's files."""
+
+    status: Status | None
+    begin: int  # of the seconds, as Live.offset
+    offset: int
+    ticks: list[wire.RunTick]
+
+
 @dataclass(slots=True)
 class Totals:
     """What load generators of this agent process did, for /metrics."""
@@ -266,12 +276,12 @@ class Runs:
         try:
             while self.live:
                 for live in list(self.live.values()):
-                    self._tell(live, *await asyncio.to_thread(self._read, live))
+                    self._tell(live, await asyncio.to_thread(self._read, live))
                 await asyncio.sleep(LOOK_S)
         finally:
             self._is_looking = False
 
-    def _read(self, live: Live) -> tuple[Status | None, list[wire.RunTick]]:
+    def _read(self, live: Live) -> Look:
         """The status where it is a new one, and new seconds."""
         directory = self._files.of(live.run)
         status = None
@@ -283,26 +293,33 @@ class Runs:
         if stamp not in ((0, 0), live.stamp):
             status = directory.status()
             live.stamp = stamp
-        live.offset, ticks = directory.ticks(live.offset)
+        begin = live.offset
+        offset, ticks = directory.ticks(begin)
         directory.bound_log()
-        return status, ticks
+        return Look(status, begin, offset, ticks)
 
-    def _tell(self, live: Live, status: Status | None, ticks: list[wire.RunTick]) -> None:
+    def _tell(self, live: Live, look: Look) -> bool:
+        """False when another look has told these seconds meanwhile."""
         if self.live.get(live.run) is not live:
-            return  # it has ended while its files were read
-        if status is not None and status.state in ("armed", "running"):
-            self._post(_said(live, status))
-        for tick in ticks:
+            return True  # it has ended while its files were read
+        if look.status is not None and look.status.state in ("armed", "running"):
+            self._post(_said(live, look.status))
+        if live.offset != look.begin:
+            return False
+        live.offset = look.offset
+        for tick in look.ticks:
             self.totals.sent += tick.sent
             self.totals.failed += tick.failed
             self.totals.in_flight[live.run] = tick.in_flight
             self._send_tick(tick)
+        return True
 
     async def _ended(self, live: Live) -> None:
         """Makes sure that nothing of the run's processes is left, and says how it ended."""
         if self.live.get(live.run) is live:
-            self._tell(live, *await asyncio.to_thread(self._read, live))
-            del self.live[live.run]
+            while not self._tell(live, await asyncio.to_thread(self._read, live)):
+                pass
+            self.live.pop(live.run, None)
         self.totals.in_flight.pop(live.run, None)
         left, status, last_log = await asyncio.to_thread(self._sweep, live)
         if left:
@@ -351,6 +368,7 @@ class Runs:
 
     async def _forget(self, run: str) -> None:
         live = self.live.pop(run, None)
+        self.totals.in_flight.pop(run, None)
         if live is not None:
             self._unwatch(live)
         left = await self._kill(run)

@@ -175,13 +175,14 @@ async def test_forget_ends_everything(tmp_path: Path, door: Door) -> None:
     async with rig(tmp_path, door) as agent:
         await agent.armed(spec={"duration": 60.0, "workers": 2})
         agent.command(fire())
-        await until(lambda: len(door.asked) > 5, "load")
+        await until(lambda: RUN in agent.runs.totals.in_flight, "a second of load")
         agent.command(wire.EndRun(RUN, "forget"))
         assert (await agent.result(f"end:{RUN}")).outcome == "ok"
         assert (await agent.result()).outcome == "cancelled"
         assert agent.members() == []
         assert not agent.directory().path.exists()
         assert agent.runs.live == {}
+        assert agent.runs.totals.in_flight == {}
 
 
 async def test_forget_while_it_is_prepared(tmp_path: Path, door: Door) -> None:
