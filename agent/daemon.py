@@ -355,8 +355,12 @@ class Agent:
                 dram_used_bytes=self.holder.used_bytes if self.holder is not None else 0,
             )
             self.link.offer_telemetry(self.telemetry)
-            self.sample = await asyncio.to_thread(self.node_reader.read)
+            self.sample = await asyncio.to_thread(self._read_node)
             await asyncio.sleep(TELEMETRY_S)
+
+    def _read_node(self) -> NodeSample:
+        self.node_reader.host.rescan()  # an agent outlives the disks and interfaces of its start
+        return self.node_reader.read()
 
     async def _store_bytes(self) -> tuple[int, int]:
         try:

@@ -109,10 +109,22 @@ class HostReader:
         self._ticks: list[tuple[int, int, int]] = []
         self._before: dict[str, tuple[int, ...]] = {}
         self._read_at: float | None = None
-        self.disks = _disks(root) if "disk" in self._groups else ()
-        self.nics = _nics(root) if "network" in self._groups else ()
-        self._ports = _ports(root) if "network" in self._groups else {}
-        self.interfaces = (*self.nics, *self._ports)
+        self.disks: tuple[str, ...] = ()
+        self.nics: tuple[str, ...] = ()
+        self._ports: dict[str, str] = {}
+        self.rescan()
+
+    def rescan(self) -> None:
+        """Looks which disks and interfaces there are. Who writes tables does it once, at the start."""
+        if "disk" in self._groups:
+            self.disks = _disks(self._root)
+        if "network" in self._groups:
+            self.nics, self._ports = _nics(self._root), _ports(self._root)
+
+    @property
+    def interfaces(self) -> tuple[str, ...]:
+        """Interfaces and InfiniBand ports."""
+        return (*self.nics, *self._ports)
 
     def read(self, now_s: float) -> HostSample:
         """The host now; `now_s` is of any monotonic clock, the same at each call."""
@@ -297,8 +309,14 @@ def _disks(root: Path) -> tuple[str, ...]:
 
 
 def _nics(root: Path) -> tuple[str, ...]:
-    names = [name for name in _names(root / "sys/class/net") if not _NO_NIC.fullmatch(name)]
-    return tuple(names[:NICS_MAX])
+    """Interfaces with hardware, so that a bond or a bridge is not counted beside its members.
+
+    A container's own has none: where no interface has, all are taken that are not known to be virtual.
+    """
+    top = root / "sys/class/net"
+    names = [name for name in _names(top) if not _NO_NIC.fullmatch(name)]
+    real = [name for name in names if (top / name / "device").exists()]
+    return tuple((real or names)[:NICS_MAX])
 
 
 def _ports(root: Path) -> dict[str, str]:

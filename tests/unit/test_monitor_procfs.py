@@ -145,6 +145,26 @@ def test_interfaces_that_are_no_hardware_are_left_out(machine: Machine) -> None:
     assert (nic.rx_errors, nic.tx_errors) == (7, 2)
 
 
+def test_a_bond_is_not_counted_beside_its_members(machine: Machine) -> None:
+    """Where interfaces have hardware, those without are someone else's traffic counted again."""
+    for name in ("eth1", "bond0", "br0"):
+        (machine.root / "sys/class/net" / name).mkdir()
+    assert HostReader(("network",), root=machine.root).nics == ("bond0", "br0", "eth0", "eth1")
+    for name in ("eth0", "eth1"):
+        (machine.root / "sys/class/net" / name / "device").mkdir()
+    assert HostReader(("network",), root=machine.root).nics == ("eth0", "eth1")
+
+
+def test_devices_that_come_later_are_found_by_another_look(machine: Machine) -> None:
+    """A disk that is plugged in appears after `rescan`, and not before."""
+    reader = HostReader(("disk",), root=machine.root)
+    (machine.root / "sys/block/sdz").mkdir()
+    machine.write("proc/diskstats", " 8 0 sdz 1 0 8 0 0 0 0 0 0 0 0 0 0 0 0 0 0\n")
+    assert [disk.name for disk in reader.read(1.0).disks] == []
+    reader.rescan()
+    assert [disk.name for disk in reader.read(2.0).disks] == ["sdz"]
+
+
 def test_infiniband_ports_count_their_words(machine: Machine) -> None:
     """A port's data counters are in words of four bytes; RDMA shows nowhere else."""
     folder = "sys/class/infiniband/mlx5_0/ports/1/counters"
