@@ -8,8 +8,11 @@ and its point, nothing else.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import resource
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -18,18 +21,21 @@ from typing import Any
 import msgspec
 
 from common.errors import HerderError, Internal, InvalidRecipe, InvalidValue, MemoryFull, NotFound
-from common.fsio import make_directories, write_atomic
+from common.fsio import make_directories
 from head.bench.questions import Answered, AnyQuestion, Check, Export, Judge, Judged, Write
-from head.bench.store import LOAD_FILE, REPORT_FILE, told
+from head.bench.store import LOAD_FILE, REPORT_FILE, told, write_kept
 from head.bench.summary import summary_csv
 
+PR_SET_PDEATHSIG = 1
 SERIES_BYTES = 268_435_456  # of monitors' files in a page, all together; what is beyond is in the files only
 
 
 def main() -> int:
     """Answers the question on stdin."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a head that is killed takes its judges along
     os.nice(10)
-    Path("/proc/self/oom_score_adj").write_text("1000")  # where memory ends, this ends and not the head
+    with contextlib.suppress(OSError):  # where memory ends, this ends and not the head
+        Path("/proc/self/oom_score_adj").write_text("1000")
     limit = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -75,8 +81,8 @@ def judge(question: Judge) -> Judged:
     folder = Path(question.folder)
     with told():
         make_directories(folder, mode=0o700)
-        write_atomic(folder / LOAD_FILE, encode(merged.asked, merged.outcome))
-        write_atomic(folder / REPORT_FILE, msgspec.json.encode(plain))
+        write_kept(folder / LOAD_FILE, encode(merged.asked, merged.outcome))
+        write_kept(folder / REPORT_FILE, msgspec.json.encode(plain))
     reasons = tuple(dict.fromkeys(reason["code"] for reason in plain["reasons"]))
     return Judged(plain["is_valid"], reasons, figures)
 
@@ -99,7 +105,7 @@ def export(question: Export) -> int:
     except ValueError as error:
         raise InvalidValue(f"this point cannot be written as {question.format}: {error}") from None
     with told():
-        write_atomic(Path(question.target), made)
+        write_kept(Path(question.target), made)
     return len(made)
 
 
@@ -107,11 +113,11 @@ def write(question: Write) -> list[str]:
     """Writes summary.csv and report.html; returns the names of what was written. Raises: DiskFull."""
     folder, written = Path(question.folder), ["summary.csv"]
     with told():
-        write_atomic(folder / "summary.csv", summary_csv(question.benchmark).encode())
+        write_kept(folder / "summary.csv", summary_csv(question.benchmark).encode())
     page = _page(folder, question.benchmark)
     if page:
         with told():
-            write_atomic(folder / "report.html", page.encode())
+            write_kept(folder / "report.html", page.encode())
         written.append("report.html")
     return written
 

@@ -30,6 +30,8 @@ BENCHMARK_FILE = "benchmark.json"  # written with the rest of a whole result
 LOAD_FILE = "load.bin"  # a run as its load node sent it, and a point as it was merged
 REPORT_FILE = "report.json"
 FILES_LISTED = 100_000
+RESERVE_BYTES = 536_870_912  # of the disk that results leave alone, or RESERVE_PERCENT of a small one
+RESERVE_PERCENT = 5
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _ARTIFACT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _TOP = frozenset({BENCHMARK_FILE, "report.html", "summary.csv"})
@@ -136,13 +138,14 @@ class Store:
         """Writes a whole file in its folder. Raises: DiskFull."""
         with told():
             make_directories(path.parent, mode=0o700)
-            write_atomic(path, data)
+            write_kept(path, data)
 
     def incoming(self, benchmark: str, run: str, name: str, size: int) -> Incoming:
         """Makes room for an artifact of a run. Raises: DiskFull, InvalidName."""
         folder, name = self.run(benchmark, run), _checked(name, _ARTIFACT)
         with told():
             make_directories(folder, mode=0o700)
+            check_room(folder, size)
             return Incoming(folder / f".{name}.{secrets.token_hex(6)}.part", folder / name, size)
 
     def artifacts(self, benchmark: str, run: str) -> dict[str, int]:
@@ -186,6 +189,20 @@ class Store:
             if doomed != path:
                 path.rename(doomed)  # gone under its name at once, however long the rest takes
             shutil.rmtree(doomed, ignore_errors=True)
+
+
+def write_kept(path: Path, data: bytes) -> None:
+    """Writes a whole file of a result where there is room for one. Raises: OSError."""
+    check_room(path.parent, len(data))
+    write_atomic(path, data)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """That results leave the journal, which may lie on the same disk, room to write. Raises: OSError ENOSPC."""
+    found = os.statvfs(folder)
+    reserve = min(RESERVE_BYTES, found.f_blocks * found.f_frsize * RESERVE_PERCENT // 100)
+    if found.f_bavail * found.f_frsize - size < reserve:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextlib.contextmanager

@@ -152,6 +152,7 @@ class TestStore:
 
     def test_no_room_is_said_before_the_first_byte(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A full disk is `disk_full`, and nothing is left of the file."""
+        monkeypatch.setattr(store_module, "check_room", lambda folder, size: None)
 
         def full(fd: int, size: int) -> bool:
             raise OSError(28, "No space left on device")
@@ -161,3 +162,15 @@ class TestStore:
         with pytest.raises(DiskFull):
             store.incoming("bench-1", "r", "load.bin", 1 << 40)
         assert list(store.run("bench-1", "r").iterdir()) == []
+
+    def test_the_journal_is_left_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What would fill the disk to the brim is refused, although it would fit: the journal lies there, too."""
+        free = os.statvfs(tmp_path)
+        monkeypatch.setattr(store_module, "RESERVE_BYTES", free.f_blocks * free.f_frsize)
+        monkeypatch.setattr(store_module, "RESERVE_PERCENT", 100)
+        store = Store(tmp_path)
+        with pytest.raises(DiskFull):
+            store.incoming("bench-1", "r", "load.bin", 1)
+        with pytest.raises(DiskFull):
+            store.write(store.folder("bench-1") / "benchmark.json", b"{}")
+        assert store.files("bench-1") == []
