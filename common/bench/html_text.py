@@ -78,7 +78,7 @@ def _asked(benchmark: Mapping[str, Any], rows: Sequence[Row], groups: Sequence[G
         return f"{what} was given {cut(kept, 160)}{origin}."
     search = recipe.get("search") or {}
     if search:
-        return f"{what} was searched for the most {search.get('over', 'rate')} that meets its SLO{origin}."
+        return f"{what} was searched for the highest {search.get('over', 'rate')} that meets its SLO{origin}."
     repeated = max((len(group.rows) for group in groups), default=1)
     times = f", {repeated} times each" if repeated > 1 else ""
     fields = ", ".join(_range_told(name, groups) for name in groups[0].changes)
@@ -112,7 +112,7 @@ def _found(benchmark: Mapping[str, Any], groups: Sequence[Group], axis: str) -> 
             return f"No {axis} that was tried met the SLO{f': {why}' if why else ''}."
         above = why or (f"{told(least)} did not" if least is not None else "nothing higher was tried")
         at = next((group for group in believed if group.changes.get(axis) == most), None)
-        return f"The most {axis} that met it is {told(most)}; {above}. There:{_in_short(at)}"
+        return f"The highest {axis} that met it is {told(most)}; {above}. There:{_in_short(at)}"
     if len(believed) == 1:
         return f"It answered{_in_short(believed[0])}"
     best, name = best_of(believed)

@@ -250,7 +250,7 @@ class TestShow:
         head.files = {"report.html": b"x" * 2048, "runs/a/load.bin": b"y"}
         assert benchmarks("show", BENCHMARK) == 0
         out = capsys.readouterr().out
-        assert "found      rate 4.00 is the most that met the SLO: it failed at rate 8" in out
+        assert "found      rate 4.00 is the highest that met the SLO: it failed at rate 8" in out
         assert "report.html" in out
         assert "2 files, 2.00 KiB" in out
         assert max(len(line) for line in out.splitlines()) <= 80

@@ -247,7 +247,7 @@ class TestSearch:
             reports, recipe=recipe, best={"over": "rate", "load": 8.0, "why": "it failed at rate 10"}
         )
         text = render(benchmark, reports, {})
-        assert "The most rate that met it is 8.00; it failed at rate 10." in Page(text).words
+        assert "The highest rate that met it is 8.00; it failed at rate 10." in Page(text).words
         assert 'class="bracket"' in text
         assert "the answer lies between 8.00" in Page(text).words
 
