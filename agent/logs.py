@@ -113,6 +113,10 @@ class LogService:
         except HerderError as error:
             await self._end(request, error.info())
             return
+        except OSError as error:
+            why = errors.Internal(f"the log cannot be read: {error.strerror or error}")
+            await self._end(request, why.info())
+            return
         await self._end(request, None, run=run, offset=offset)
 
     # text

@@ -225,10 +225,11 @@ async def _stream(
                     return response
                 await _write(response, piece)
             await _write(response, last_words(""))
-        except Unavailable:
-            call.cut()  # without an end: whoever can go on with the next head does
         except HerderError as error:
-            await _write(response, last_words(f"the log ends here: {error.message}"))
+            if type(error) is Unavailable:
+                call.cut()  # without an end: whoever can go on with the next head does
+            else:
+                await _write(response, last_words(f"the log ends here: {error.message}"))
         except (ConnectionError, TimeoutError):
             call.cut()  # the reader is gone or takes nothing
     return response

@@ -16,6 +16,7 @@ import pytest
 
 from common import wire
 from common.errors import NodeUnreachable
+from common.logs.own import Segments
 from head.api.backup import remove_leftovers
 from head.core.objects import Replica
 from head.journal import Journal
@@ -53,6 +54,69 @@ def test_logs_are_streamed_as_text(tmp_path: Path) -> None:
             assert (answer.status, answer.body.decode()) == (200, "one\nzw\u00f6lf\n")
             assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
             assert head.context.sessions.asked == [("chat-0", 1, 7, True)]  # type: ignore[attr-defined]
+
+    run(body)
+
+
+def test_logs_of_the_head(tmp_path: Path) -> None:
+    """The head's own log as text and JSON lines, searched, cut by time, from a cursor on; for operators."""
+
+    async def body() -> None:
+        async with api_head(tmp_path) as head:
+            assert (await head.call("GET", "/logs?source=head")).code == "not_found"
+            files = Segments(tmp_path / "logs", bytes_max=65_536, age_max_s=1e6)
+            files.open()
+            for number in range(5):
+                files.write(b'{"at":"2026-03-01T10:00:00Z","message":"%d"}\n' % number)
+            files.close()
+            text = await head.call("GET", "/logs?source=head&tail=2")
+            assert text.body == b"".join(b'{"at":"2026-03-01T10:00:00Z","message":"%d"}\n' % n for n in (3, 4))
+            found = await head.call("GET", "/logs?target=head&search=%223%22&timestamps=true")
+            assert re.fullmatch(rb'\d{4}-\d\d-\d\dT[\d:.]{12}Z \{"at".*"3"\}\n', found.body)
+            assert (await head.call("GET", "/logs?target=head&until=1m")).body == b""
+            assert (await head.call("GET", "/logs?target=head&since=1m")).body.count(b"\n") == 5
+            answer = await head.call("GET", "/logs?target=head&format=jsonl")
+            assert answer.headers["Content-Type"] == "application/x-ndjson"
+            entries = [json.loads(line) for line in answer.body.splitlines()]
+            assert entries[-1] == {"is_end": True}
+            lines = [entry for entry in entries if "line" in entry]
+            assert [json.loads(entry["line"])["message"] for entry in lines] == list("01234")
+            asked = {"target": "head", "format": "jsonl", "cursor": lines[2]["cursor"]}
+            rest = await head.call("POST", "/logs", asked, role="operator")
+            assert [line for line in rest.body.splitlines() if b'"line"' in line] == [
+                line for line in answer.body.splitlines() if b'"line"' in line
+            ][3:]
+            assert (await head.call("GET", "/logs?target=head", role="viewer")).code == "forbidden"
+            assert (await head.call("GET", "/logs?target=head", role="agent")).code == "forbidden"
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("query", "code"),
+    [
+        ("", "invalid_value"),
+        ("target=nothing", "not_found"),
+        ("target=head&since=yesterday", "invalid_value"),
+        ("target=head&until=1m&follow=true", "invalid_value"),
+        ("target=head&since=1m&until=2m", "invalid_value"),
+        ("target=head&regex=true", "invalid_value"),
+        ("target=head&tail=-2", "invalid_value"),
+        ("target=head&cursor=x", "invalid_value"),
+        ("target=head&format=xml", "invalid_value"),
+        ("target=head&what=x", "invalid_value"),
+        ("replica=a&node=n9", "node_not_found"),
+        ("service=nothing", "service_not_found"),
+        ("run=..%2F..%2Fx", "not_found"),
+        ("benchmark=..", "benchmark_not_found"),
+    ],
+)
+def test_logs_that_are_refused(tmp_path: Path, query: str, code: str) -> None:
+    """What names no log, or cannot be meant, has its code before anything is sent."""
+
+    async def body() -> None:
+        async with api_head(tmp_path) as head:
+            assert (await head.call("GET", f"/logs?{query}")).code == code
 
     run(body)
 

@@ -429,6 +429,61 @@ class TestLogs:
             await reading
             assert got == [f"[{number}]" for number in range(1, total + 1)]
 
+    async def test_lines_go_on_in_the_next_session(self) -> None:
+        """Lines are paid with credit; when the session breaks, the next one is asked for what follows."""
+        async with running() as head:
+            agent = await head.join()
+            request = wire.LogRequest("", "", run=-1, source="replica:chat-0", follow=True, tail_lines=7)
+            got: list[str] = []
+
+            async def read() -> None:
+                async for chunk in head.sessions.logs.open_lines("n1", request, wait_s=20):
+                    got.extend(line.text for line in chunk.lines)
+
+            reading = asyncio.ensure_future(read())
+            asked = await agent.hear()
+            assert isinstance(asked, wire.LogRequest)
+            assert (asked.source, asked.tail_lines, asked.run_number) == ("replica:chat-0", 7, -1)
+            assert asked.credit == limits.LOG_CREDIT_CHUNKS
+            for number in range(4):
+                lines = (wire.LogLine(10 * number + 10, 5, f"line {number}"),)
+                await agent.say(wire.LogChunk(asked.request_id, 10 * number + 10, "", lines=lines, run=3))
+            paid = await agent.hear()
+            assert isinstance(paid, wire.LogRequest)
+            assert (paid.request_id, paid.credit, paid.is_cancelled) == (asked.request_id, 4, False)
+            await agent.ws.close()
+            await until(lambda: len(head.sessions) == 0)
+            head.state.live["n1"].session_id = ""
+            again = await head.join()
+            asked = await again.hear()
+            assert isinstance(asked, wire.LogRequest)
+            assert (asked.run_number, asked.offset, asked.follow) == (3, 40, True)
+            lines = (wire.LogLine(50, 5, "line 4"),)
+            await again.say(wire.LogChunk(asked.request_id, 50, "", lines=lines, run=3))
+            await again.say(wire.LogChunk(asked.request_id, 50, "", run=3, is_last=True))
+            await reading
+            assert got == [f"line {number}" for number in range(5)]
+            assert head.sessions.logs.readers == 0
+
+    async def test_more_lines_than_were_paid_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An agent that sends without credit is cut off from this log, and costs no more memory than the queue."""
+        monkeypatch.setattr(log_broker, "QUEUE_CHUNKS", 3)
+        async with running() as head:
+            agent = await head.join()
+            request = wire.LogRequest("", "", run=-1, source="replica:chat-0", follow=True)
+            chunks = head.sessions.logs.open_lines("n1", request)
+            first = asyncio.ensure_future(anext(aiter(chunks)))
+            asked = await agent.hear()
+            assert isinstance(asked, wire.LogRequest)
+            for number in range(30):
+                await agent.say(wire.LogChunk(asked.request_id, number, "", run=1))
+            await first
+            await until(lambda: head.sessions.counts["in log_chunk"] == 30)
+            with pytest.raises(HerderError, match="more of a log than it was asked for"):
+                async for _ in chunks:
+                    pass
+            assert head.sessions.logs.readers == 0
+
     async def test_what_cannot_be_read_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """An unknown replica, a node that is away, does not answer, goes away or refuses: each has its error."""
         monkeypatch.setattr(log_broker, "FIRST_CHUNK_S", 0.1)
