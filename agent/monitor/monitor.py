@@ -116,11 +116,15 @@ class Monitor:
         self._on_sample = on_sample
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._is_opened = False
         self._is_closed = False
 
     # life
     def open(self) -> None:
-        """Brings everything up. Raises: HerderError, OSError, ValueError."""
+        """Brings everything up. Raises: HerderError, OSError, ValueError; RuntimeError the second time."""
+        if self._is_opened:
+            raise RuntimeError("a monitor runs once: make another")
+        self._is_opened = True
         settings = self.settings
         try:
             self.reader.open()

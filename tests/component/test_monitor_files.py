@@ -303,6 +303,17 @@ def test_a_run_of_the_seeds_monitor_ends_by_itself(tmp_path: Path) -> None:
     assert len(lines) == monitor.status()["samples"]
 
 
+def test_a_monitor_runs_once(tmp_path: Path) -> None:
+    """A second start would write over the first's parts: it is refused, and the first is not touched."""
+    monitor = SeedMonitor(tmp_path / "m.csv", 0.05, ("cpu",))
+    monitor.start()
+    with pytest.raises(RuntimeError, match="runs once"):
+        monitor.start()
+    assert monitor.is_running
+    monitor.stop()
+    assert not monitor.is_running
+
+
 def test_json_lines_are_whole_samples(tmp_path: Path) -> None:
     """What was taken is what is written."""
     sink = JsonSink(tmp_path / "x.jsonl")

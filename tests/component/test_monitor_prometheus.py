@@ -179,6 +179,50 @@ def test_an_agents_series_are_there_before_its_first_full_sample() -> None:
     assert [sample.value for sample in late["herder_gpu_clock_hertz"]] == [9e6]
 
 
+def test_an_agent_exports_what_its_gpus_say(tmp_path: Path, driver: Path) -> None:
+    """A real agent on a machine with GPUs, without a head: clocks, throttling and links stand in its /metrics."""
+    port = free_port()
+    (tmp_path / "token").write_text("hdr_agent_none_none\n")
+    (tmp_path / "token").chmod(0o600)
+    settings = {
+        "head_url": f"http://127.0.0.1:{free_port()}",
+        "node_id": "n1",
+        "token_file": str(tmp_path / "token"),
+        "state_dir": str(tmp_path / "agent"),
+        "dram_budget_bytes": 0,  # no holder, which would outlive the test
+        "disk_reserve_bytes": 0,
+        "http": {"port": port},
+    }
+    (tmp_path / "agent.yaml").write_text(yaml.safe_dump(settings))
+    words = ("-P", "-m", "agent", "--config", str(tmp_path / "agent.yaml"))
+    agent = Process(tmp_path, *words, library=driver, facts=FACTS)
+
+    def clocks() -> dict[str, float]:
+        assert agent.process.poll() is None, agent.said()
+        try:
+            text = get(f"http://127.0.0.1:{port}/metrics")
+        except OSError:
+            return {}
+        return {
+            sample.name + str(sorted(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.labels.get("gpu") == "0"
+        }
+
+    def of(name: str) -> list[float]:
+        return [value for key, value in clocks().items() if key.startswith(f"{name}[")]
+
+    try:
+        until(lambda: of("herder_gpu_clock_hertz"), "full sample")
+        assert sorted(of("herder_gpu_clock_hertz")) == [1.98e9, 2.619e9]
+        assert of("herder_gpu_nvlink_transmit_bytes_total") == [3 * 1024]
+        assert sum(of("herder_gpu_throttle")) == 1
+        assert of("herder_gpu_utilisation_ratio") == [0.37]
+    finally:
+        agent.end()
+
+
 def test_a_lost_gpu_keeps_one_series() -> None:
     """Of a card that is lost there is that it is lost, and no reading of before."""
     lost = GpuSample(index=1, uuid="GPU-1", is_lost=True, power_w=5.0)
