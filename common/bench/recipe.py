@@ -35,6 +35,7 @@ SWEPT = (
 MAX_POINTS = 500
 MAX_REPETITIONS = 50
 MAX_LOAD_NODES = 256
+_LONGEST_S = 7 * 86_400.0
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -249,6 +250,15 @@ def _check(recipe: BenchmarkRecipe, *, is_drawn: bool) -> None:
         raise ValueError(f"load.nodes is 1 to {MAX_LOAD_NODES}")
     if not isinstance(nodes, int) and len(set(nodes)) != len(nodes):
         raise ValueError("load.nodes: a node is named twice")
+    if not 0 < recipe.timeout <= _LONGEST_S or not 0 <= server.ready_timeout <= _LONGEST_S:
+        raise ValueError("timeout and ready_timeout are at most 7 days")
+    if not 0 <= recipe.pause <= _LONGEST_S:
+        raise ValueError("pause is 0 to 7 days")
+    search = recipe.search
+    if search is not None and not (0 < search.start <= search.most and 0 < search.precision < 1):
+        raise ValueError("search: 0 < start <= most, and precision is a share above 0 and below 1")
+    if search is not None and not 1 <= search.max_points <= MAX_POINTS:
+        raise ValueError(f"search.max_points is 1 to {MAX_POINTS}")
     if not 0.05 <= recipe.monitor.interval <= 3600:
         raise ValueError("monitor.interval is 0.05 s to 1 h")
     start = {recipe.search.over: recipe.search.start} if recipe.search is not None else {}

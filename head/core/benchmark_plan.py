@@ -155,6 +155,8 @@ def _point(
 
 def length_s(spec: LoadSpec, most_s: float) -> float:
     """How long a run may send at the most, the drain not counted; `most_s` where only its answers end it."""
+    if spec.arrivals == "offline" or spec.turns > 1:
+        return most_s
     if spec.until_s is not None:
         return min(spec.until_s, most_s)
     if spec.is_open and spec.rate and spec.requests and spec.trace is None and not spec.steps:

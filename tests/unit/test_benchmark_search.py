@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common.bench.recipe import Search, Slo
+from common.bench.spec import LoadSpec
+from head.core.benchmark_plan import length_s
 from head.core.benchmark_search import Decision, Trial, decide, trial, verdict
 from head.core.objects import Point
 
@@ -164,3 +168,23 @@ def test_no_valid_repetition_says_nothing() -> None:
     made = trial(8.0, [point(valid=False, reasons=("late",)), point(valid=False, reasons=("worker_lost",))], SLO)
     assert made.passed is None
     assert made.why == "worker_lost"
+
+
+class TestLength:
+    """How long a run may take before it is given up."""
+
+    @pytest.mark.parametrize(
+        ("fields", "expected"),
+        [
+            ({"rate": 10, "duration": 20, "warmup": 5, "cooldown": 5}, 30),
+            ({"rate": 10, "requests": 400}, 80),
+            ({"rate": 10, "peak": 2, "requests": 80, "arrivals": "ramp"}, 80),
+            ({"concurrency": 4, "requests": 100}, 1000),
+            ({"rate": 10, "requests": 400, "turns": 3}, 1000),
+            ({"arrivals": "trace", "trace": "a.jsonl"}, 1000),
+            ({"rate": 1, "duration": 5000}, 1000),
+        ],
+    )
+    def test_it_is_known_where_a_schedule_says_it(self, fields: dict[str, Any], expected: float) -> None:
+        """Else it may take as long as the whole benchmark."""
+        assert length_s(LoadSpec(**fields), 1000) == expected
