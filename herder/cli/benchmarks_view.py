@@ -168,7 +168,9 @@ def _facts(benchmark: types.BenchmarkView, now_ms: int) -> list[tuple[str, str]]
     found = ""
     if best.get("over"):
         load = best.get("load")
-        found = f"{best['over']} {number(load)} is the highest that met the SLO" if load is not None else "no load met it"
+        found = "no load met the SLO"
+        if load is not None:
+            found = f"{best['over']} {number(load)} is the highest that met the SLO"
         found += f": {best['why']}" if best.get("why") else ""
     return [
         ("benchmark", benchmark.id),

@@ -413,3 +413,19 @@ class TestExport:
         assert benchmarks("export", BENCHMARK, "--format", "all", "--save", str(tmp_path / "out")) == 1
         assert "error[invalid_name]" in capsys.readouterr().err
         assert not (tmp_path / "escaped").exists()
+
+
+class TestBench:
+    """A single run without a head."""
+
+    def test_a_page_by_its_suffix(self, tmp_path: Path) -> None:
+        """`herder bench --save x.html` writes the report as a page that holds it."""
+        from common.bench.report import build
+        from herder.cli.bench import _save
+
+        asked, outcome = bench_reports.outcome_of(rate=5, seconds=10)
+        path = tmp_path / "run.html"
+        assert not _save({"save": path, "format_": None, "detail": False}, build(asked, outcome), outcome)
+        text = path.read_text()
+        assert text.startswith("<!doctype html>")
+        assert '"kind":"herder-bench"' in text
