@@ -403,18 +403,22 @@ class Orchestrator:
     ) -> None:
         """The files that the recipe's reporting asks for; the JSON summary always, as programs read it."""
         kept, wanted = folder / "results", recipe.reporting
-        if samples is not None and "resource_utilization" in wanted.include and samples.exists():
-            summary["resource_utilization"] = results.utilization(samples)
+        sampled = results.samples_of(folder, samples)
+        if "resource_utilization" in wanted.include:
+            summary["resource_utilization"] = {path.stem: results.utilization(path) for path in sampled}
         if "metrics_summary" not in wanted.include:
             for one in summary["benchmarks"]:
                 one.pop("metrics")
         results.write_json(kept / "benchmark_suite.summary.json", summary)
         if "csv" in wanted.formats:
             results.write_csv(kept / "benchmark_suite.csv", done)
-        if "html" in wanted.formats and not results.write_html(kept / "benchmark_suite.html", recipe.scenario, done):
-            self.say("no HTML page: this service's executors keep no single requests")
+        is_drawn = "performance_graphs" in wanted.include
+        page = kept / "benchmark_suite.html"
+        if "html" in wanted.formats and not results.write_html(page, recipe.scenario, done, sampled, is_drawn=is_drawn):
+            results.write_html(page, recipe.scenario, done, sampled, is_drawn=False)
+            self.say("the HTML page has no graphs: this service's executors keep no single requests")
         logs = sorted((folder / "logs").glob("*.*")) if (folder / "logs").is_dir() else []
-        results.mark(folder, recipe, logs, [samples] if samples is not None else [])
+        results.mark(folder, recipe, logs, sampled)
         for path in results.prune(folder.resolve().parent):
             self.say(f"removed after its retention: {path}")
 

@@ -18,6 +18,7 @@ from common.bench.outcome import Asked, Outcome
 
 KIND = "herder-suite-experiment"
 MARK = "experiment.json"
+ENGINE = ".engine.csv"
 ROW = (
     *("name", "repetition", "total_requests", "total_errors", "throughput_rps", "avg_latency", "p50_latency"),
     *("p90_latency", "p99_latency", "output_tokens_per_second", "elapsed_seconds", "clients", "coverage", "is_valid"),
@@ -38,9 +39,7 @@ def write_csv(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(ROW)
         for run in runs:
-            metrics = run["client_metrics"]["aggregated"]
-            named = {"name": run["benchmark_name"], "repetition": run["repetition"]} | metrics
-            writer.writerow([named.get(name, "") for name in ROW])
+            writer.writerow([_cells(run).get(name, "") for name in ROW])
 
 
 def merged_report(files: Sequence[bytes]) -> dict[str, Any] | None:
@@ -64,10 +63,18 @@ def merged_report(files: Sequence[bytes]) -> dict[str, Any] | None:
     return built
 
 
-def write_html(path: Path, name: str, runs: Sequence[Mapping[str, Any]]) -> bool:
-    """The page of all runs that have a report; False where none has."""
-    from common.bench import html
+def write_html(
+    path: Path, name: str, runs: Sequence[Mapping[str, Any]], samples: Sequence[Path], *, is_drawn: bool
+) -> bool:
+    """The page of all runs that have a report, with what was sampled beside them; False where none has.
 
+    is_drawn: with graphs; without, a table alone, which every run can give.
+    """
+    from common.bench import html, series
+
+    if not is_drawn:
+        path.write_text(_table_page(name, runs))
+        return True
     points: list[dict[str, Any]] = []
     reports: list[dict[str, Any]] = []
     for run in runs:
@@ -91,8 +98,40 @@ def write_html(path: Path, name: str, runs: Sequence[Mapping[str, Any]]) -> bool
         reports.append(dict(made) | {"point": point})
     if not reports:
         return False
-    path.write_text(html.render({"name": name, "status": "completed", "points": points}, reports, {}))
+    beside = series.series_of(
+        {one.stem: one.read_text() for one in samples if not one.name.endswith(ENGINE)},
+        {one.name: one.read_text() for one in samples if one.name.endswith(ENGINE)},
+    )
+    path.write_text(html.render({"name": name, "status": "completed", "points": points}, reports, beside))
     return True
+
+
+def _table_page(name: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    """The figures of write_csv as a page without graphs."""
+    from html import escape
+
+    def row(cells: Sequence[Any], kind: str) -> str:
+        return "<tr>" + "".join(f"<{kind}>{escape(str(cell))}</{kind}>" for cell in cells) + "</tr>\n"
+
+    lines = [row([_cells(run).get(column, "") for column in ROW], "td") for run in runs]
+    style = "body{font-family:sans-serif}td,th{padding:.2em .6em;text-align:right;border-bottom:1px solid #ccc}"
+    return (
+        f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{escape(name)}</title><style>{style}</style>\n"
+        f"<h1>{escape(name)}</h1>\n<table>\n{row(ROW, 'th')}{''.join(lines)}</table>\n</html>\n"
+    )
+
+
+def _cells(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's figures by name."""
+    found: dict[str, Any] = {"name": run["benchmark_name"], "repetition": run["repetition"]}
+    found.update(run["client_metrics"]["aggregated"])
+    return found
+
+
+def samples_of(folder: Path, own: Path | None) -> list[Path]:
+    """Files of monitors: the orchestrator's own, and those that a job's monitors write into its folder."""
+    found = sorted((folder / "monitoring").glob("*.csv")) if (folder / "monitoring").is_dir() else []
+    return found + ([own] if own is not None and own.exists() and own.resolve() not in map(Path.resolve, found) else [])
 
 
 def utilization(path: Path) -> dict[str, dict[str, float]]:

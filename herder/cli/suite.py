@@ -256,16 +256,29 @@ def jobs(options: Globals, limit: int) -> int:
 @click.option("--job-id", default="", help="Default the newest.")
 @click.option("--tail", type=click.IntRange(1, 100_000), default=200, help="Last lines of each file; default 200.")
 @click.option("--grep", default="", help="Only lines with this text.")
+@click.option("--summary", is_flag=True, help="Count lines, errors and warnings of each file instead.")
 @pass_globals
-def logs(options: Globals, job_id: str, tail: int, grep: str) -> int:
+def logs(options: Globals, job_id: str, tail: int, grep: str, summary: bool) -> int:
     """Read the logs of a job: servers, clients, orchestrator, Slurm's own."""
     from agent.suite import submit
     from agent.suite.errors import SuiteError
 
+    counts: dict[str, list[int]] = {}
     try:
         for name, line in submit.log_lines(submit.job_of(job_id), tail=tail):
-            if grep in line:
+            if grep not in line:
+                continue
+            if not summary:
                 output.stream(f"{name}: {line}\n")
+                continue
+            kept, lower = counts.setdefault(name, [0, 0, 0]), line.lower()
+            kept[0] += 1
+            kept[1] += "error" in lower or "traceback" in lower
+            kept[2] += "warn" in lower
+        if summary:
+            columns = [Column("FILE"), *(Column(title, is_number=True) for title in ("LINES", "ERRORS", "WARNINGS"))]
+            rows = [[name, *map(str, kept)] for name, kept in counts.items()]
+            output.emit(options, counts, output.table(options, columns, rows, empty="No lines."))
     except SuiteError as error:
         output.show_error(error.code, str(error), error.hint)
         return output.EXIT_FAILED

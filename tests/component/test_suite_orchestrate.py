@@ -112,7 +112,10 @@ def test_a_whole_suite_of_ollama(tmp_path: Path) -> None:
                 "repetitions": 2,
                 "servers": {"service_config": {"gpu_layers": 5}},
                 "metadata": {"seed": 3, "tags": ["t"]},
-                "reporting": {"formats": ["json", "csv", "html"], "include": ["metrics_summary", "raw_data"]},
+                "reporting": {
+                    "formats": ["json", "csv", "html"],
+                    "include": ["metrics_summary", "performance_graphs", "raw_data"],
+                },
             },
         )
         done = orchestrate(tmp_path, [stub], [first, second])
@@ -366,7 +369,7 @@ def test_monitoring_needs_and_uses_the_pushgateway(vllm: Stub, two: list[Executo
             app.router.add_route("*", "/{rest:.*}", take)
             return app
 
-    recipe(tmp_path)
+    recipe(tmp_path, rest={"reporting": {"formats": ["html"], "include": ["resource_utilization"]}})
     refused = orchestrate(tmp_path, [vllm], two, "--enable-monitoring")
     assert (refused.returncode, "needs --pushgateway-node" in refused.stderr) == (1, True)
     with serving(Gateway("gateway")) as gateway:
@@ -379,6 +382,11 @@ def test_monitoring_needs_and_uses_the_pushgateway(vllm: Stub, two: list[Executo
         rows = list(csv.DictReader(file))
     assert len(rows) >= 3
     assert {"timestamp", "cpu_percent", "ram_used_MB"} <= set(rows[0])
+    summary = json.loads((tmp_path / "out" / "results" / "benchmark_suite.summary.json").read_text())
+    assert summary["resource_utilization"]["metrics"]["cpu_percent"]["max"] > 0
+    page = (tmp_path / "out" / "results" / "benchmark_suite.html").read_text()
+    assert "<svg" not in page, "graphs are not asked for"
+    assert "<td>benchmark</td>" in page
     assert {method for method, _ in seen} >= {"DELETE"}
     assert {method for method, _ in seen} & {"PUT", "POST"}
     assert all(path.startswith("/metrics/job") for _, path in seen)
