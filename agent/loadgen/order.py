@@ -327,6 +327,7 @@ def perform(
 ) -> tuple[Report, Outcome]:
     """Runs it and reports. The caller's process has one thread. Raises: ValueError where points cannot be stored."""
     count = order.tokenizer.count if order.tokenizer is not None else None
-    with filled(order.spec, order.targets[0]):
+    with filled(order.spec, order.targets[0]) as left:
         outcome = run(shares_of(order), count_tokens=count, on_tick=on_tick, on_start=on_start)
+    outcome.said += left
     return report.build(order.asked, outcome), outcome

@@ -47,21 +47,36 @@ class Store(Protocol):
 
 
 @contextlib.contextmanager
-def filled(asked_for: LoadSpec, target: Target) -> Iterator[None]:
-    """The collection is there while this is entered, where the spec says how many points. Raises: ValueError."""
+def filled(asked_for: LoadSpec, target: Target) -> Iterator[list[str]]:
+    """The collection is there while this is entered, where the spec says how many points. Gives a list that says at the
+    end why it could not be removed: what was measured is not lost for that. Raises: ValueError, before it is entered.
+    """
+    left: list[str] = []
     if not asked_for.points:
-        yield
+        yield left
         return
-    store: Store = PgStore(asked_for, target) if target.login is not None else QdrantStore(asked_for, target)
+    store = _store(asked_for, target)
     try:
         store.create()
         try:
-            store.fill()
-            yield
+            try:
+                store.fill()
+            finally:
+                # Nothing of it is to be idle, or known to other processes, while the run takes its time.
+                store.close()
+            yield left
         finally:
-            store.remove()
+            try:
+                store = _store(asked_for, target)
+                store.remove()
+            except ValueError as error:
+                left.append(f"{asked_for.collection} was not removed: {error}")
     finally:
         store.close()
+
+
+def _store(asked_for: LoadSpec, target: Target) -> Store:
+    return PgStore(asked_for, target) if target.login is not None else QdrantStore(asked_for, target)
 
 
 def _batches(asked_for: LoadSpec) -> Iterator[list[list[float]]]:

@@ -153,7 +153,7 @@ def command(options: Globals, /, **given: Any) -> int:
     if said:
         output.note(options, f"left out: {said}")
     for words in outcome.said:
-        output.note(options, f"a worker: {words}")
+        output.note(options, f"note: {words}")
     if outcome.is_interrupted:
         return output.EXIT_INTERRUPTED
     return output.EXIT_OK if report.is_valid else output.EXIT_FAILED

@@ -235,6 +235,7 @@ class Qdrant(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), QdrantHandler)
         self.collections: dict[str, dict[int, list[float]]] = {}
         self.seen: list[str] = []
+        self.keeps = False
         self.lock = threading.Lock()
 
 
@@ -273,6 +274,8 @@ class QdrantHandler(BaseHTTPRequestHandler):
                 return 404, f"Not found: Collection `{name}` doesn't exist!"
             case ("GET", ""):
                 return 200, {"status": "green", "points_count": len(held[name])}
+            case ("DELETE", "") if self.server.keeps:
+                return 403, "Forbidden"
             case ("DELETE", ""):
                 del held[name]
                 return 200, True
@@ -319,6 +322,18 @@ def test_searches_of_qdrant() -> None:
             "GET /collections/c-1 k", "PUT /collections/c-1 k", "PUT /collections/c-1/points k",
             "PUT /collections/c-1/points k", "GET /collections/c-1 k", "DELETE /collections/c-1 k",
         ]  # fmt: skip
+
+
+def test_what_cannot_be_removed_is_said() -> None:
+    """A server that refuses to remove: what was measured is there, and so is word of what was left behind."""
+    asked_for = LoadSpec(api="qdrant", collection="c", vector_dim=4, points=3, top_k=5, concurrency=1, requests=2,
+                         parameters={"params": {"hnsw_ef": 64}})  # fmt: skip
+    with qdrant() as server:
+        server.keeps = True
+        aim = order.Aim((f"http://127.0.0.1:{server.server_port}",))
+        report, outcome = order.perform(order.order_of(asked_for, aim))
+    assert report.counts["good"] == 2
+    assert any("c was not removed" in words and "403" in words for words in outcome.said)
 
 
 def test_a_collection_that_is_there_is_not_touched() -> None:
