@@ -87,16 +87,19 @@ def render(report: Report) -> str:
 
 def _head(report: Report) -> str:
     plan, rates, counts, window = report.plan, report.throughput, report.counts, report.window
+    has_tokens = bool(report.output_tokens or report.input_tokens)
     pairs = [
         ("target", _target(plan)),
         ("model", f"{plan['model']}, API {plan['api']}" if plan.get("model") else f"API {plan['api']}"),
-        ("load", f"{plan['loop']} loop: {plan['schedule']}, seed {plan['seed']}"),
+        ("load", ("open loop: " if plan["loop"] == "open" else "") + f"{plan['schedule']}, seed {plan['seed']}"),
         ("sizes", ", ".join(plan["scenarios"])),
         ("window", f"{window['begin_s']:.2f} s to {window['end_s']:.2f} s, {window['rule']}"),
         ("requests", f"{counts['sent']} sent, {counts['in_window']} of the window: {counts['good']} good, "
          f"{counts['failed']} failed"),
-        ("rates", f"{rates.req_s:.2f} requests/s, {rates.output_tok_s:.1f} tokens/s out, {rates.input_tok_s:.1f} in"),
-        ("tokens", f"{report.output_tokens} out, counted by {report.token_source}; {report.input_tokens} in"),
+        ("rates", f"{rates.req_s:.2f} requests/s"
+         + (f", {rates.output_tok_s:.1f} tokens/s out, {rates.input_tok_s:.1f} in" if has_tokens else "")),
+        ("tokens", f"{report.output_tokens} out, counted by {report.token_source}; {report.input_tokens} in"
+         if has_tokens else ""),
     ]  # fmt: skip
     if report.goodput is not None:
         limits = ", ".join(f"{name} <= {ms:g} ms" for name, ms in report.goodput.limits_ms.items())
