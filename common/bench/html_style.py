@@ -105,7 +105,8 @@ footer{margin-top:44px;padding-top:12px;border-top:1px solid var(--line);color:v
 --s1:#d9480f;--s2:#0b8a5f;--s3:#8b3fd1;--s4:#c2255c;--s5:#0c8599;--s6:#8a6d00;--s7:#5c6470}
 body{font-size:11pt}main{max-width:none;padding:0}.raw,.tip,.hair{display:none}.scroll{overflow:visible}
 table{font-size:7pt}th,td{padding:2px 3px}
-.badge{padding:0 4px;font-size:7pt;line-height:1.5}td.n,th.n{white-space:normal}pre{max-height:none}tr,.tile{break-inside:avoid}
+.badge{padding:0 4px;font-size:7pt;line-height:1.5}td.n,th.n{white-space:normal}pre{max-height:none}
+tr,.tile{break-inside:avoid}
 h2,h3,summary{break-after:avoid}.charts{grid-template-columns:1fr 1fr}}
 """
 

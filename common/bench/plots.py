@@ -85,7 +85,8 @@ def _even_ticks(low: float, high: float, most: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
+    digits = 6 - math.floor(math.log10(step))
+    return [round(number * step, digits) for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _log_ticks(low: float, high: float, most: int) -> list[float]:
@@ -102,7 +103,8 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
         if (len(found) <= most and apart >= math.log(high / low) / 8) or factors == (1,):
             break
     if len(found) < 2:
-        return _even_ticks(low, high, 4)  # less than a decade, and not at its beginning
+        # Less than a decade, and not at its beginning.
+        return [tick for tick in _even_ticks(low, high, 4) if low <= tick <= high]
     every = max(1, math.ceil(len(found) / most))
     return found[::every]
 
