@@ -57,9 +57,11 @@ ARRIVED = ("ready", "done", "armed", "running")
 
 
 def verdict(benchmark: types.BenchmarkView) -> str:
-    """valid, degraded or invalid; empty before anything was judged."""
+    """valid, degraded or invalid, the worst of its points where they are known; empty before its end."""
     if benchmark.status != "completed":
         return ""
+    if any(point_verdict(point) == "invalid" for point in benchmark.points):
+        return "invalid"
     return "degraded" if benchmark.is_degraded else "valid" if benchmark.is_valid else "invalid"
 
 

@@ -139,6 +139,7 @@ class TestRun:
         out = capsys.readouterr().out
         assert "invalid: late (point 1)" in out
         assert "degraded: degraded, 50% of the load was performed (point 2)" in out
+        assert "verdict    invalid" in out  # the worst of both
         assert benchmarks("watch", BENCHMARK, "-o", "json") == 1
         assert msgspec.json.decode(capsys.readouterr().out, type=types.BenchmarkView) == head.views[0]
 
