@@ -20,7 +20,7 @@ import msgspec
 
 from agent.suite import times
 from agent.suite.plan import file_name
-from agent.suite.ray import RayClusterManager, vllm_command
+from agent.suite.ray import COUNT_NODES, RayClusterManager, vllm_command
 from agent.suite.schema import Recipe
 from agent.suite.servers import VllmServerManager
 
@@ -29,10 +29,6 @@ DEFAULT_PORT, CLIENT_PORT, RAY_PORT = 8000, 6000, 6379
 _PLAIN = re.compile(r"[A-Za-z0-9_.,:/@+=%\[\]-]+")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _INDICES = re.compile(r"\d+(-\d+)?")
-_RAY_NODES = (
-    "import ray, sys; ray.init(address='auto', logging_level='error'); "
-    "sys.exit(sum(node['Alive'] for node in ray.nodes()) < int(sys.argv[1]))"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +338,7 @@ def _ray(recipe: Recipe, distributed: dict[str, Any]) -> str:
     container = _environment(recipe) + _container(recipe, is_server=True)
     head = [*container, *manager.get_ray_start_command(port=RAY_PORT), "--block"]
     worker = [*container, *manager.get_ray_start_command("@HEAD@"), "--block"]
-    probe = [*container, "python3", "-c", _RAY_NODES]
+    probe = [*container, "python3", "-c", COUNT_NODES]
     limit = int(recipe.servers.health_check.timeout or 600)
     return f"""
 export RAY_AUTH_MODE="${{RAY_AUTH_MODE:-disabled}}"
