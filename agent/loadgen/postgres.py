@@ -256,6 +256,8 @@ class PgConnection(Connection):
     def _ended(self, at: int) -> None:
         if not self.is_open:
             self._fail("connect", "closed before the login was over")
+        elif self.call is not None and self.call.answer.error is not None:
+            self._fail("query_error", self.call.answer.error)
         else:
             super()._ended(at)
 

@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -167,6 +168,27 @@ def test_failures_of_postgres(
     report = search(asked_for, postgres.url(user), password_file=str(tmp_path / "wrong"))
     assert report.errors == {outcome: 3}
     assert said in " ".join(report.error_samples[outcome])
+
+
+@needs_postgres
+def test_a_session_that_is_ended(postgres: Postgres) -> None:
+    """A server that ends a session in the middle of its query is a failure of the query, in the server's words."""
+    postgres.sql("CREATE EXTENSION IF NOT EXISTS vector")
+    postgres.sql("CREATE VIEW slow AS SELECT 1 AS id, '[1,2]'::vector AS embedding FROM pg_sleep(60)")
+    ends = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+
+    def end() -> None:
+        deadline = time.monotonic() + 50
+        while postgres.sql(ends) == "0" and time.monotonic() < deadline:
+            pass
+
+    thread = threading.Thread(target=end)
+    asked_for = LoadSpec(api="pgvector", collection="slow", vector_dim=2, concurrency=1, requests=1)
+    prepared = order.order_of(asked_for, order.Aim((postgres.url("open"),)))
+    report, _ = order.perform(prepared, on_start=thread.start)
+    thread.join()
+    assert report.errors == {"query_error": 1}
+    assert "terminating connection" in report.error_samples["query_error"][0]
 
 
 @contextlib.contextmanager
