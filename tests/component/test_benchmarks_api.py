@@ -221,7 +221,11 @@ class TestLooking:
         async def test() -> None:
             async with running(tmp_path) as head:
                 await ended(head)
+                exact = Point("bench-done", 1, {"rate": 2}, state="completed", is_valid=True, coverage=0.5,
+                              figures={"coverage": 0.51})  # fmt: skip
+                await head.put(exact)
                 view = (await head.call("GET", "/benchmarks/bench-done")).json
+                assert [point["coverage"] for point in view["points"]] == [1.0, 0.51]
                 assert [point["changes"] for point in view["points"]] == [{"rate": 1}, {"rate": 2}]
                 assert view["is_valid"]
                 assert view["points_done"] == 2

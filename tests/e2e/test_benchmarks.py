@@ -194,9 +194,8 @@ def test_a_load_node_is_killed(cluster: Cluster) -> None:
     assert not view.is_valid
     (point,) = view.points
     assert "degraded" in point.reasons
-    assert point.coverage == 0.5
     report = report_of(cluster, made.id, 0)
     coverage = report["coverage"]
     assert [missing["node"] for missing in coverage["missing"]] == ["n2"]
     assert coverage["due"] == len(range(0, coverage["planned"], 2)) == coverage["performed"] == report["counts"]["sent"]
-    assert point.figures["coverage"] == coverage["due"] / coverage["planned"]
+    assert point.coverage == coverage["share"] == coverage["due"] / coverage["planned"]
