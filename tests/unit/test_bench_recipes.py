@@ -12,6 +12,7 @@ import yaml
 
 from common.bench import recipe as recipes
 from common.bench.recipe import BenchmarkRecipe, Load, Monitor, Search, Serve, Server, Slo
+from common.errors import InvalidRecipe
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "recipes" / "benchmark"
@@ -105,3 +106,12 @@ def test_what_can_be_varied_is_named() -> None:
     (line,) = [line for line in PAGE.splitlines() if line.startswith("| `sweep` |")]
     assert set(re.findall(r"`(\w+)`", line)) == {"sweep", "load", *recipes.SWEPT}
     assert f"at most {recipes.MAX_POINTS} points" in line
+
+
+@pytest.mark.parametrize("line", ["burstiness: .inf", "rate: .inf", "think: .nan", "parameters: {a: [.inf]}"])
+def test_numbers_are_finite(line: str) -> None:
+    """Infinity has no place in JSON: it would reach the load nodes as nothing, and another load would be sent."""
+    load = {"rate": 5, "arrivals": "sine", "peak": 9, "duration": 5} | yaml.safe_load(line)
+    document = {"name": "x", "server": {"urls": ["http://127.0.0.1:1"]}, "load": load}
+    with pytest.raises(InvalidRecipe, match="numbers are finite"):
+        recipes.convert(document)
