@@ -15,7 +15,10 @@ import msgspec
 from common.bench import mlperf, report
 from common.bench.figures import figures_of, is_number
 from common.bench.outcome import Asked, Outcome
+from common.bench.records import OUTCOMES, SOURCES, WIDTH
 from common.bench.report import Report
+from common.bench.schedule import MAX_ARRIVALS
+from common.bench.spec import MAX_SLOTS, MAX_WORKERS
 from common.bench.verdict import Finding
 from common.errors import NotFound
 from head.bench.questions import PartFile
@@ -53,8 +56,9 @@ def merge(parts: Sequence[PartFile], read: Read) -> Merged:
             continue
         try:
             its_asked, its_outcome = read(part.path)
-        except (OSError, ValueError) as error:
-            missing.append((part, f"its result cannot be read: {error}"))
+            _check(its_asked, its_outcome)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+            missing.append((part, f"its result cannot be read: {error}"[:300]))
             continue
         if asked is None or outcome is None:
             asked, outcome = its_asked, its_outcome
@@ -126,6 +130,23 @@ def coverage_of(merged: Merged, parts: int) -> dict[str, Any]:
         "performed": begun,
         "share": (share or 0) / whole if whole else len(merged.came) / parts,
     }
+
+
+def _check(asked: Asked, outcome: Outcome) -> None:
+    """That a file of the right form also makes sense: whoever holds an agent's key can send one. Raises: ValueError."""
+    plan = asked.plan
+    if not isinstance(plan, dict) or len(outcome.records.rows) % WIDTH:
+        raise ValueError("its rows or its plan are not whole")
+    for name, most in (("workers", MAX_WORKERS), ("concurrency", MAX_SLOTS), ("planned_requests", MAX_ARRIVALS)):
+        value = plan.get(name)
+        if value is not None and not (isinstance(value, int) and 0 <= value <= most):
+            raise ValueError(f"{name} is out of range")
+    codes = outcome.records.column("outcome")
+    if codes and not 0 <= min(codes) <= max(codes) < len(OUTCOMES):
+        raise ValueError("an outcome is none")
+    sources = outcome.records.column("source")
+    if sources and not 0 <= min(sources) <= max(sources) < len(SOURCES):
+        raise ValueError("a source is none")
 
 
 def _nth(whole: int, number: int, everywhere: int) -> int:

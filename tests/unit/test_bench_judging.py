@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from array import array
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from common.bench import report
 from common.bench.histogram import RELATIVE_ERROR, Histogram
 from common.bench.outcome import Asked, Outcome, decode, encode
-from common.bench.records import WIDTH
+from common.bench.records import AT, WIDTH
 from common.errors import NotFound
 from head.bench import judging
 from head.bench.questions import PartFile
@@ -107,6 +108,28 @@ class TestMerging:
         kept = [encode(asked, parts_of(asked, 2)[0]), b"\x81\xa1x"]
         found = judging.merge(files(2), lambda path: decode(kept[int(path)]))
         assert [part.node for part, _ in found.missing] == ["n1"]
+
+    @pytest.mark.parametrize("damage", ["rows", "outcome", "workers", "histogram", "another file"])
+    def test_a_part_that_makes_no_sense_is_missing(self, damage: str) -> None:
+        """Files of the right form with wrong content: torn rows, unknown outcomes, numbers out of range."""
+        asked = asked_of(40)
+        good, bad = parts_of(asked, 2)
+        lying = asked
+        match damage:
+            case "rows":
+                bad.records.rows.pop()
+            case "outcome":
+                bad.records.rows[AT["outcome"]] = 99
+            case "workers":
+                lying = dataclasses.replace(asked, plan={**asked.plan, "workers": 1 << 60})
+            case "histogram":
+                bad.records.icl.count += 1
+        sent = msgspec.msgpack.encode([1]) if damage == "another file" else encode(lying, bad)
+        kept = [encode(asked, good), sent]
+        found = judging.merge(files(2), lambda path: decode(kept[int(path)]))
+        assert [part.node for part, _ in found.missing] == ["n1"]
+        plain, _ = judging.judge(found, parts=2)
+        assert not plain["is_valid"]
 
     def test_nothing_came(self) -> None:
         """Without any part there is no report, and the error says what became of them."""
