@@ -16,6 +16,7 @@ from common import errors, limits, wire
 from common.errors import ErrorInfo, HerderError
 from common.logs.files import end_of, last_lines, read_from, segments, tail_offset, whole_characters
 from common.logs.stream import FOLLOW_S, LineStream, Runs
+from common.logs.threads import in_thread
 from common.tasks import Supervisor
 
 __all__ = ["LogService", "end_of", "last_lines", "read_from", "segments", "tail_offset", "whole_characters"]
@@ -104,7 +105,7 @@ class LogService:
         try:
             if self._source is None:
                 raise errors.NotFound("this agent has no logs of its own")
-            runs = await asyncio.to_thread(self._source, request.source)
+            runs = await in_thread(self._source, request.source)
             async with aclosing(LineStream(request, runs).chunks()) as chunks:  # type: ignore[type-var]
                 async for chunk in chunks:
                     await reading.spend()
@@ -122,14 +123,14 @@ class LogService:
     # text
     async def _answer_text(self, request: wire.LogRequest) -> None:
         try:
-            run_dir = await asyncio.to_thread(self._find, request.replica, request.run)
+            run_dir = await in_thread(self._find, request.replica, request.run)
         except HerderError as error:
             await self._end(request, error.info())
             return
         offset = request.offset
         if offset < 0:
             lines = min(request.tail_lines, limits.LOG_TAIL_LINES)
-            offset = await asyncio.to_thread(tail_offset, run_dir, lines)
+            offset = await in_thread(tail_offset, run_dir, lines)
         while True:
             has_ended = (run_dir / "exit.json").exists()
             offset, is_more = await self._send_piece(request, run_dir, offset, has_ended)
@@ -143,7 +144,7 @@ class LogService:
     async def _send_piece(
         self, request: wire.LogRequest, run_dir: Path, offset: int, has_ended: bool
     ) -> tuple[int, bool]:
-        start, data = await asyncio.to_thread(read_from, run_dir, offset, limits.LOG_CHUNK_BYTES)
+        start, data = await in_thread(read_from, run_dir, offset, limits.LOG_CHUNK_BYTES)
         if not data:
             return offset, False
         whole = whole_characters(data)

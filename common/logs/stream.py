@@ -22,6 +22,7 @@ from common.errors import NotFound
 from common.logs.files import TAIL_BYTES_MAX, end_of, tail_start
 from common.logs.lines import Line, LineReader, offset_since
 from common.logs.match import Everything, Search, search_of
+from common.logs.threads import in_thread
 from common.wire import LogChunk, LogLine, LogRequest
 
 FOLLOW_S = 0.25  # how often a followed log is looked at
@@ -125,7 +126,7 @@ class LineStream:
         self._search = search_of(request.pattern, is_regex=request.is_regex, ignore_case=request.ignore_case)
         try:
             await self._search.choose([])  # nothing yet
-            begin = await asyncio.to_thread(self._begin)
+            begin = await in_thread(self._begin)
             if self._tail_is_searched:
                 self._tail = _Tail(min(request.tail_lines, limits.LOG_TAIL_LINES))
                 yield self._nothing_yet()
@@ -204,7 +205,7 @@ class LineStream:
             if self._request.run >= 0:
                 break
             # A run that begins while we look belongs to what is followed.
-            following = await asyncio.to_thread(self._next_run, number)
+            following = await in_thread(self._next_run, number)
             if following is None:
                 for chunk in self._caught_up():
                     yield chunk
@@ -215,14 +216,14 @@ class LineStream:
 
     async def _read_run(self, number: int, offset: int, is_resumed: bool) -> AsyncIterator[LogChunk]:
         """One run, to its end or for as long as it is followed."""
-        reader = LineReader(await asyncio.to_thread(self._runs.place, number), offset, is_resumed=is_resumed)
+        reader = LineReader(await in_thread(self._runs.place, number), offset, is_resumed=is_resumed)
         follow = self._request.follow
         quiet_since = said_at = time.monotonic()
         while True:
-            has_ended = await asyncio.to_thread(self._runs.has_ended, number)
+            has_ended = await in_thread(self._runs.has_ended, number)
             unread = reader.unread_bytes
             arrival_ms = time.time_ns() // 1_000_000 if self._is_caught_up else 0
-            lines = await asyncio.to_thread(reader.read, arrival_ms=arrival_ms)
+            lines = await in_thread(reader.read, arrival_ms=arrival_ms)
             is_at_end = not lines and reader.unread_bytes == unread
             if not is_at_end:
                 quiet_since = time.monotonic()
@@ -313,10 +314,10 @@ class LineStream:
     async def _wait_for_run(self, number: int) -> int | None:
         """The next run, once there is one; None when none will come, or nobody waits for it."""
         while self._request.follow:
-            following = await asyncio.to_thread(self._next_run, number)
+            following = await in_thread(self._next_run, number)
             if following is not None:
                 return following
-            if await asyncio.to_thread(self._runs.is_over):
+            if await in_thread(self._runs.is_over):
                 return None
             await asyncio.sleep(FOLLOW_S)
         return None

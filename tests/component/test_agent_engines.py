@@ -382,6 +382,7 @@ async def test_logs_tail_follow_and_runs(tmp_path: Path) -> None:
         await until(lambda: [c for c in agent.chunks if c.request_id == "tail" and c.is_last], "the tail")
         assert "".join(c.data for c in agent.chunks if c.request_id == "tail") == "two\ndrei é\n"
         agent.logs.received(wire.LogRequest("follow", "chat-0", tail_lines=1, follow=True))
+        await until(lambda: [c for c in agent.chunks if c.request_id == "follow"], "the beginning")
         (tmp_path / "go").touch()
         await until(lambda: [c for c in agent.chunks if c.request_id == "follow" and c.is_last], "the end")
         assert "".join(c.data for c in agent.chunks if c.request_id == "follow") == "drei é\nlast\n"
