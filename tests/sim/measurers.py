@@ -71,7 +71,7 @@ class Measurers:
             "server": self._server(),
             "load": {
                 "rate": 5,
-                "duration": rng.choice([2, 5, 10]),
+                "duration": rng.choice([2, 2, 5, 5, 10, 10, 100]),
                 "drain": 2,
                 "nodes": rng.choice([1, 1, 2, 2, 3, tuple(rng.sample(nodes, 2))]),
             },
