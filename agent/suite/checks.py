@@ -191,5 +191,7 @@ def _slurm_warnings(recipe: Recipe) -> Iterator[str]:
     limit = times.time_limit(recipe.orchestration.job_config.time_limit)
     if whole > limit:
         yield f"orchestration.job_config.time_limit: {limit / 60:g} min, the load alone takes {whole / 60:g} min"
+    if recipe.artifacts.python is not None:
+        yield "artifacts.python: herder runs on the nodes themselves; --in-container runs it in this image"
     if recipe.artifacts.container and not recipe.artifacts.container.endswith(".sif") and not recipe.artifacts.service:
         yield f"artifacts.container: {recipe.artifacts.container!r} is no .sif image: servers run without a container"

@@ -43,6 +43,8 @@ class Choices:
     pushgateway_node: str = ""
     plugins: tuple[str, ...] = ()
     file_roots: tuple[str, ...] = ()
+    is_contained: bool = False
+    """Herder's own steps run in the image `artifacts.python`, which must have it."""
 
 
 def script_of(recipe: Recipe, document: Any, choices: Choices = Choices()) -> str:
@@ -52,7 +54,7 @@ def script_of(recipe: Recipe, document: Any, choices: Choices = Choices()) -> st
         _head(recipe),
         _modules(recipe),
         _beginning(recipe, document, choices, port),
-        _images(recipe),
+        _images(recipe, choices),
         _commands(recipe, choices, port),
         _servers(recipe),
         _monitors(recipe, choices, port),
@@ -206,10 +208,10 @@ mapfile -t SERVERS < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_0"
 mapfile -t CLIENTS < <(scontrol show hostnames "$SLURM_JOB_NODELIST_HET_GROUP_1")"""
 
 
-def _images(recipe: Recipe) -> str:
+def _images(recipe: Recipe, choices: Choices) -> str:
     """Pulls what is missing, under another name until it is whole."""
     lines = []
-    for image in (recipe.artifacts.service, recipe.artifacts.python):
+    for image in (recipe.artifacts.service, recipe.artifacts.python if choices.is_contained else None):
         if image is None or not image.remote:
             continue
         path = shlex.quote(_image_path(recipe, image.path))
@@ -300,7 +302,9 @@ def _commands(recipe: Recipe, choices: Choices, port: int) -> str:
         executor += ["--file-root", root]
     for plugin in choices.plugins:
         executor += ["--plugin", plugin]
-    herder = _container(recipe, is_server=False)
+    if choices.is_contained and recipe.artifacts.python is None:
+        raise ValueError("artifacts.python: is missing: in which image does herder run?")
+    herder = _container(recipe, is_server=False) if choices.is_contained else []
     lines = [
         _array("SERVER", words + ([] if own else server))[:-1]
         + (' "$HERDER" ' + shlex.join(server[1:]) if own else "")

@@ -135,6 +135,9 @@ def _job_options(function: Any) -> Any:
     for option in (
         click.option("--herder", "herder_command", default="herder", help="The command `herder` on the nodes."),
         click.option("--server-port", type=click.IntRange(1, 65_535), help="Default 11434 for Ollama, else 8000."),
+        click.option(
+            "--in-container", is_flag=True, help="Run herder in the image artifacts.python, which must have it."
+        ),
         click.option("--client-port", type=click.IntRange(1, 65_535), default=6000, help="Default 6000."),
         click.option("--timeout", type=click.IntRange(1), default=600, help="Of each step in seconds; default 600."),
         click.option("--pushgateway-node", default="", help="Push samples of the orchestrator's node there."),
@@ -156,6 +159,7 @@ def _script(recipe: Recipe, document: Any, given: dict[str, Any]) -> str:
         pushgateway_node=given["pushgateway_node"],
         plugins=given["plugins"],
         file_roots=given["roots"],
+        is_contained=given["in_container"],
     )
     try:
         return script.script_of(recipe, document, choices)

@@ -141,6 +141,18 @@ def test_the_recipe_travels_inside() -> None:
     assert json.loads(found[1]) == document
 
 
+def test_herder_runs_in_an_image_only_when_asked_to() -> None:
+    """The toolkit's python image has no herder: it is used, and pulled, for those who put it there."""
+    image = {"python": {"path": "/c/p.sif", "remote": "docker://p"}}
+    document = changed(ROOT / "recipes" / "suite" / "dummy.yaml", artifacts=image)
+    assert "p.sif" not in re.sub(r"^\{.*$", "", made(document), flags=re.M)
+    contained = made(document, is_contained=True)
+    assert 'HERDER_RUN=(apptainer exec /c/p.sif "$HERDER")' in contained
+    assert "docker://p\n" in contained
+    with pytest.raises(ValueError, match="in which image"):
+        made(changed(ROOT / "recipes" / "suite" / "dummy.yaml"), is_contained=True)
+
+
 def test_a_service_without_a_known_start_says_what_is_missing() -> None:
     """Services of plugins give their command; {port} in it is the server's."""
     document = changed(ROOT / "recipes" / "suite" / "dummy.yaml", workload__service="mine")
