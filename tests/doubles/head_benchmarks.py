@@ -182,3 +182,16 @@ class BenchWorld(EngineWorld):
         self.judge(benchmark, number, (), **figures)
         self.forget_all()
         self.pass_s(1, alive=tuple(self.state.nodes))
+
+
+def loads(benchmark: str, point: int, parts: int) -> list[str]:
+    """The names of a point's runs."""
+    return [f"{benchmark}.{point}.{part}" for part in range(parts)]
+
+
+def finished(world: BenchWorld, benchmark: str) -> None:
+    """Takes a benchmark whose points are over to its end."""
+    for key in world.benchmark(benchmark).monitors:
+        world.hand_in(key, "monitor.csv")
+    world.write(benchmark)
+    world.forget_all()
