@@ -167,7 +167,7 @@ async def test_no_path_is_without_a_method(tmp_path: Path) -> None:
         )),
         *(client.plan(endpoint.path) for endpoint in ENDPOINTS),
         *(anext(stream) for stream in (client.events(resume=False), client.logs("X"), client.chat("X", "X"))),
-        anext(client.live_benchmark("X")),
+        anext(client.live_benchmark("X")), anext(client.log_entries(target="X")),
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(HerderApiError):
@@ -187,7 +187,8 @@ async def test_no_path_is_without_a_method(tmp_path: Path) -> None:
     }
     theirs = {(method, path) for method, path in routes if path not in others and not path.startswith("/docs")}
     gateway = {("POST", "/v1/chat/completions"), ("GET", "/v1/models")}
-    assert asked - gateway == theirs
+    longer = {("POST", "/api/v1/logs")}  # as GET, which the client takes unless it is too long for a query
+    assert asked - gateway == theirs - longer
 
 
 def _plain(path: str) -> str:
