@@ -30,12 +30,14 @@ GONE_S = 3.0
 class BaseWorkloadController:
     """Executors of one service."""
 
-    def __init__(self, client_nodes: Sequence[str], port: int = 5000, timeout: float = 600) -> None:
+    def __init__(
+        self, client_nodes: Sequence[str], port: int = 5000, timeout: float = 600, health_timeout: float | None = None
+    ) -> None:
         """client_nodes: host names, or host:port where one differs."""
         self.client_nodes = list(client_nodes)
         self.port = port
         self.timeout = timeout
-        self.health_timeout = min(float(timeout), 120.0)
+        self.health_timeout = min(float(timeout), 120.0) if health_timeout is None else float(health_timeout)
         self.request_timeout = min(float(timeout), 30.0)
         self.lost_after = LOST_AFTER_S
         self.service = ""
@@ -123,7 +125,8 @@ class BaseWorkloadController:
                 return f"{node}: {reason(error)}"
             if status != 200 or not (said.get("success") or said.get("status") == "started"):
                 return f"{node}: {said.get('error') or f'answers {status}'}"
-            self._started[node] = float(said.get("start_wall_s") or time.time())
+            if said.get("start_wall_s") is not None:
+                self._started[node] = float(said["start_wall_s"])
             return ""
 
         self.problems = [said for said in self._each(start) if said]
@@ -191,8 +194,9 @@ class BaseWorkloadController:
                 self.lost[node] = f"E008: no answer for {now - last_heard[node]:.0f} s ({said.get('error')})"
             return
         last_heard[node] = now
-        started = said.get("start_wall_s")
-        if said.get("phase") == "idle" or (started is not None and abs(started - self._started[node]) > 1e-3):
+        started, begun = said.get("start_wall_s"), self._started.get(node)
+        is_other = started is not None and begun is not None and abs(started - begun) > 1e-3
+        if said.get("phase") == "idle" or is_other:
             self.lost[node] = "its executor was started anew"
         elif not said.get("running") and said.get("error"):
             self.lost[node] = str(said["error"])

@@ -232,3 +232,16 @@ def test_services_are_registered_by_name() -> None:
     assert ServiceFactory.create_workload_executor(name, 7).get_service_name() == name
     assert ServiceFactory.create_server_manager("vllm", {}).get_health_check_endpoint() == "/health"
     assert ServiceFactory.create_server_manager("ollama", {}).get_health_check_endpoint() == "/api/tags"
+
+
+def test_controllers_as_the_toolkits_code_has_them_are_taken() -> None:
+    """Its own take a fourth argument, and hand it on."""
+
+    class Theirs(BaseWorkloadController):
+        def __init__(
+            self, client_nodes: list[str], port: int = 5000, timeout: int = 30, health_timeout: int = 120
+        ) -> None:
+            super().__init__(client_nodes, port, timeout, health_timeout)
+
+    assert Theirs(["n"], 6000, 600).health_timeout == 120
+    assert BaseWorkloadController(["n"], timeout=20).health_timeout == 20
