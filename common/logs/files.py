@@ -65,9 +65,9 @@ def tail_offset(place: Path, lines: int) -> int:
     return tail_start(place, lines)[0]
 
 
-def tail_start(place: Path, lines: int) -> tuple[int, int]:
-    """Where the last `lines` lines start, and how many there are up to that number."""
-    end = end_of(place)
+def tail_start(place: Path, lines: int, *, end: int | None = None) -> tuple[int, int]:
+    """Where the last `lines` lines (before `end`) start, and how many there are up to that number."""
+    end = end_of(place) if end is None else end
     if lines <= 0:
         return end, 0
     first = segments(place)[0][0] if end else 0

@@ -118,6 +118,7 @@ class LineStream:
         self._run = 0
         self._offset = 0
         self._is_caught_up = False
+        self._stop: tuple[int, int] | None = None  # where the log ended when somebody came who does not follow it
         self._tail: _Tail | None = None  # while the last lines of a search are looked for
 
     async def chunks(self) -> AsyncIterator[LogChunk]:
@@ -160,6 +161,8 @@ class LineStream:
             numbers = [numbers[-1 - request.run]]
         if not numbers:
             raise NotFound(f"there is no log of {request.source} on this node")
+        if not request.follow:  # else a log that is written faster than it is read would have no end
+            self._stop = (numbers[-1], end_of(self._runs.place(numbers[-1])))
         if self._is_resumed:
             return self._resume(numbers)
         if request.since_ms:
@@ -188,7 +191,8 @@ class LineStream:
         missing = min(self._request.tail_lines, limits.LOG_TAIL_LINES)
         begin = Begin(numbers[-1], 0)
         for number in reversed(numbers):
-            offset, found = tail_start(self._runs.place(number), missing)
+            end = self._stop[1] if self._stop is not None and number == self._stop[0] else None
+            offset, found = tail_start(self._runs.place(number), missing, end=end)
             begin = Begin(number, offset)
             missing -= found
             if missing <= 0:
@@ -202,7 +206,7 @@ class LineStream:
         while number is not None:
             async for chunk in self._read_run(number, offset, is_resumed):
                 yield chunk
-            if self._request.run >= 0:
+            if self._request.run >= 0 or (self._stop is not None and number >= self._stop[0]):
                 break
             # A run that begins while we look belongs to what is followed.
             following = await in_thread(self._next_run, number)
@@ -230,8 +234,14 @@ class LineStream:
             elif has_ended or not follow or self._is_quiet(quiet_since):
                 rest = reader.rest(is_whole=has_ended, arrival_ms=arrival_ms)
                 lines = [rest] if rest is not None else []
+            position = reader.position
+            if self._stop is not None and number == self._stop[0]:
+                later = next((line.start for line in lines if line.start >= self._stop[1]), None)
+                lines = [line for line in lines if line.start < self._stop[1]]
+                is_at_end = is_at_end or later is not None or position >= self._stop[1]
+                position = position if later is None else later
             is_past = self._is_past(lines)
-            for chunk in await self._choose(number, lines, reader):
+            for chunk in await self._choose(number, lines, reader, position):
                 said_at = time.monotonic()
                 yield chunk
             if is_past or (is_at_end and (has_ended or not follow)):
@@ -252,7 +262,8 @@ class LineStream:
         until_ms = self._request.until_ms
         return bool(until_ms and lines and lines[-1].at_ms > until_ms + CLOCK_SLACK_MS)
 
-    async def _choose(self, number: int, lines: list[Line], reader: LineReader) -> list[LogChunk]:
+    async def _choose(self, number: int, lines: list[Line], reader: LineReader, position: int) -> list[LogChunk]:
+        """Chunks of the lines that are wanted. position: up to where the lines stand for the log."""
         request = self._request
         wanted = [
             line
@@ -262,20 +273,20 @@ class LineStream:
         ]
         wanted = await self._search.choose(wanted)
         lost, reader.lost_bytes = reader.lost_bytes, 0
-        is_news = self._run != number or self._offset != reader.position
+        is_news = self._run != number or self._offset != position
         self._run = number
         if self._tail is not None:
             self._tail.add(number, wanted)
-            self._offset = reader.position
+            self._offset = position
             return []
         chunks = []
         for part in _parts(wanted):
             self._offset = part[-1].end
             chunks.append(self._chunk(part, lost_bytes=lost))
             lost = 0
-        self._offset = reader.position
+        self._offset = position
         if chunks:
-            chunks[-1] = msgspec.structs.replace(chunks[-1], offset=reader.position)
+            chunks[-1] = msgspec.structs.replace(chunks[-1], offset=position)
         elif lost or is_news:
             chunks.append(self._chunk([], lost_bytes=lost))
         return chunks

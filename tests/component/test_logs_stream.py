@@ -116,6 +116,31 @@ async def test_runs_one_after_the_other(tmp_path: Path) -> None:
             await node.read("nobody", source="replica:nobody")
 
 
+async def test_who_does_not_follow_sees_what_was_there(tmp_path: Path) -> None:
+    """A log that is written faster than it is read ends, for who does not follow it, where it ended when they came."""
+    async with node_at(tmp_path) as node:
+        log = node.run(1)
+        for number in range(5_000):
+            log.write(f"line {number}\n".encode())
+        log.write(b"half")
+        answers = [("all", -1), ("tail", 3), ("last", 1)]
+        for id, tail in answers:
+            node.ask(id, tail_lines=tail, credit=1)
+        await until(lambda: all(node.of(id) for id, _ in answers), "the beginnings")
+        log.write(b" and half\nlater\nand later\n")
+        for id, _ in answers:
+            node.logs.received(wire.LogRequest(id, "", credit=30))
+        await until(lambda: all(node.of(id)[-1].is_last for id, _ in answers), "the ends")
+        before = [f"line {number}" for number in range(5_000)]
+        assert node.lines("all") in ([*before, "half"], [*before, "half and half"])
+        assert node.lines("tail")[:2] == ["line 4998", "line 4999"]
+        assert len(node.lines("tail")) == 3
+        assert len(node.lines("last")) == 1
+        end = node.of("all")[-1]
+        rest = await node.read("rest", run_number=end.run, offset=end.offset)
+        assert "".join([*node.lines("all")[5_000:], *rest]) == "half and halflaterand later"
+
+
 async def test_a_removed_run_is_lost_aloud(tmp_path: Path) -> None:
     """Whoever comes back to a run that is gone is told so, and goes on with the next one."""
     async with node_at(tmp_path) as node:
