@@ -199,7 +199,8 @@ def executor(
     folder: Path, *, service: str = "vllm", arguments: tuple[str, ...] = (), variables: dict[str, str] | None = None
 ) -> Iterator[ExecutorProcess]:
     """An executor on a free port, with its token below the folder."""
-    environment = os.environ | {"HERDER_EXECUTOR_TOKEN_FILE": str(folder / "executor.token")} | (variables or {})
+    own = {"HERDER_EXECUTOR_TOKEN_FILE": str(folder / "executor.token"), "TMPDIR": str(folder)}
+    environment = os.environ | own | (variables or {})
     process = subprocess.Popen(
         [*HERDER, "executor", "--service", service, "--port", "0", *arguments],
         stderr=subprocess.PIPE, text=True, env=environment, cwd=folder,
