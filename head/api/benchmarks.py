@@ -15,7 +15,7 @@ from head.api.call import Call, near
 from head.api.routes import PREFIX, ListQuery, PageOf, Route, WaitQuery
 from head.bench.performer import Performer
 from head.bench.questions import Check
-from head.bench.recipes import document_of
+from head.core.benchmark_documents import document_of
 from head.core.benchmark_facts import is_ended
 from head.core.events import CancelBenchmarkRequested, CreateBenchmarkRequested, DeleteBenchmarkRequested
 from head.core.objects import Benchmark

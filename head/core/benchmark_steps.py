@@ -14,8 +14,8 @@ from msgspec.structs import replace
 from common.bench import recipe as recipes
 from common.bench.recipe import BenchmarkRecipe
 from common.errors import BenchmarkNotFound, Cancelled, InvalidJob, RecipeNotFound
-from head.bench.recipes import document_of
 from head.core import benchmark_facts, benchmarks
+from head.core.benchmark_documents import document_of
 from head.core.engine_steps import cause_of, completed, failed
 from head.core.objects import Benchmark, Job, Step
 from head.core.state import BENCHMARK_ENDED, State

@@ -13,9 +13,9 @@ import pytest
 from common.bench.recipe import convert
 from common.errors import DiskFull, InvalidName, InvalidRecipe, NotFound
 from head.bench import store as store_module
-from head.bench.recipes import changed, document_of
 from head.bench.store import Store
 from head.bench.summary import summary_csv
+from head.core.benchmark_documents import changed, document_of
 from herder.types import CreateBenchmark
 
 RECIPE = convert(
