@@ -136,7 +136,7 @@ def _job_options(function: Any) -> Any:
         click.option("--herder", "herder_command", default="herder", help="The command `herder` on the nodes."),
         click.option("--server-port", type=click.IntRange(1, 65_535), help="Default 11434 for Ollama, else 8000."),
         click.option(
-            "--in-container", is_flag=True, help="Run herder in the image artifacts.python, which must have it."
+            "--in-container", is_flag=True, help="Run herder in the Python image of the recipe, which must have it."
         ),
         click.option("--client-port", type=click.IntRange(1, 65_535), default=6000, help="Default 6000."),
         click.option("--timeout", type=click.IntRange(1), default=600, help="Of each step in seconds; default 600."),
