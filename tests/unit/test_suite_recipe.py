@@ -63,8 +63,9 @@ def test_all_mistakes_are_told_at_once_with_their_places() -> None:
     found = errors_of(bad)
     for place in ("partition:", "orchestration.mode: 'slurmy'", "workload.duration: 'ten'", "workload.prompt_len[1]",
                   "workload.benchmark_suite[0].name: is missing", "num_thread: no such key; did you mean num_threads?",
-                  "reporting.formats: 'pdff' is not one of pdf", "orchestratoin: no such key; did you mean orchestration",
-                  "account: is missing", "resources.servers.gpus: is missing"):  # fmt: skip
+                  "reporting.formats: 'pdff' is not one of pdf",
+                  "orchestratoin: no such key; did you mean orchestration", "account: is missing",
+                  "resources.servers.gpus: is missing"):  # fmt: skip
         assert any(place in said for said in found), (place, found)
     assert len(found) == 10, found
 
