@@ -183,7 +183,7 @@ class Connection:
         if mask & _OUT and self._out is not None:
             self._write(self._out)
         if mask & ~_OUT:
-            self._read()
+            self.read()
 
     def _connected(self) -> None:
         code = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -242,7 +242,8 @@ class Connection:
         if data:
             self._write(memoryview(bytes(self._out) + data if self._out is not None else data))
 
-    def _read(self) -> None:
+    def read(self) -> None:
+        """Takes what has come; the socket is open and can be read."""
         owner = self.owner
         try:
             data, control, _, _ = self.sock.recvmsg(READ_BYTES, 64)
@@ -304,10 +305,14 @@ class Connection:
             return
         call.heard = at
         call.bytes += len(data)
-        reader = self.reader
+        reader, events = self.reader, call.events
+        if events is not None and events.is_fresh:
+            payload = reader.whole_event(data)
+            if payload is not None:
+                self._take_event(call, payload, at)
+                return
         try:
             pieces = reader.feed(data)
-            events = call.events
             if events is None:
                 if call.body is None and reader.status:
                     self._choose_framing(call)
@@ -329,18 +334,22 @@ class Connection:
                 reader.is_kept = False
             self._finish(call, at)
 
+    def _take_event(self, call: Call, payload: bytes, at: int) -> None:
+        answer = call.answer
+        kind = self.owner.api.read_event(payload, answer)
+        if kind:
+            call.stamps.append(at)
+            if answer.output_tokens >= 0:
+                call.marks.append(answer.output_tokens)
+            if kind == 1 and call.first_output < 0:
+                call.first_output = at
+
     def _take_events(self, call: Call, events: EventReader | LineReader, pieces: list[bytes], at: int) -> None:
-        answer, stamps, read_event = call.answer, call.stamps, self.owner.api.read_event
+        stamps = call.stamps
         before = len(stamps)
         for piece in pieces:
             for payload in events.feed(piece):
-                kind = read_event(payload, answer)
-                if kind:
-                    stamps.append(at)
-                    if answer.output_tokens >= 0:
-                        call.marks.append(answer.output_tokens)
-                    if kind == 1 and call.first_output < 0:
-                        call.first_output = at
+                self._take_event(call, payload, at)
         if len(stamps) - before > 1:
             self.owner.coalesced += len(stamps) - before - 1
 

@@ -31,6 +31,7 @@ TICK_NS = NS
 FAILED_SLOT_NS = 100_000_000  # a closed slot whose request failed rests, so that a dead server is not hammered
 MAX_TICK_SAMPLES = 500
 _FAR_NS = 1 << 62
+_IN = select.EPOLLIN
 _monotonic_ns = time.monotonic_ns
 
 
@@ -234,7 +235,10 @@ class Engine:
         for fd, mask in self.epoll.poll(timeout_s, BATCH):
             connection = by_fd.get(fd)
             if connection is not None:
-                connection.on_event(mask)
+                if mask == _IN and connection.is_open:
+                    connection.read()
+                else:
+                    connection.on_event(mask)
             elif fd == self.timer.fd:
                 self.timer.clear()
                 self._armed_ns = -1

@@ -53,6 +53,21 @@ class AnswerReader:
         """What came behind the answer; on a connection without pipelining nothing may."""
         return self._rest if self._state == _DONE else b""
 
+    def whole_event(self, data: bytes) -> bytes | None:
+        """The data of an event of one line, where a read is just its chunk, as nearly every read of a stream is.
+
+        None for everything else, of which nothing has been read then.
+        """
+        if self._state != _SIZE or self._rest:
+            return None
+        begin = data.find(b"\r\n", 0, 20) + 2
+        end = len(data) - 4
+        if _SIZES.get(data[: begin - 2], -1) != end + 2 - begin or data[begin : begin + 6] != b"data: ":
+            return None
+        if data[end:] != b"\n\n\r\n" or data.find(b"\n", begin) != end or data.find(b"\r", begin) != end + 2:
+            return None
+        return data[begin + 6 : end]
+
     def feed(self, data: bytes) -> list[bytes]:
         """The pieces of the body that this data completes. Raises: ProtocolError."""
         if self._rest:

@@ -17,9 +17,11 @@ class TooLong(Exception):
 class EventReader:
     """The events of one stream."""
 
-    __slots__ = ("_data", "_line", "_size", "_skips_feed")
+    __slots__ = ("_data", "_line", "_size", "_skips_feed", "is_fresh")
 
     def __init__(self) -> None:
+        self.is_fresh = True
+        """Nothing of an event that is not whole is held."""
         self._line = b""
         self._data: list[bytes] = []
         self._size = 0
@@ -28,14 +30,15 @@ class EventReader:
     def feed(self, piece: bytes) -> list[bytes]:
         """The data of the events that this piece completes. Raises: TooLong."""
         # Nearly every read is whole events of one line each, and these need no look at single lines.
-        is_fresh = not (self._line or self._data or self._skips_feed)
-        if is_fresh and piece[:6] == b"data: " and piece[-2:] == b"\n\n" and b"\r" not in piece:
+        if self.is_fresh and piece[:6] == b"data: " and piece[-2:] == b"\n\n" and b"\r" not in piece:
             if piece.find(b"\n") == len(piece) - 2:
                 return [piece[6:-2]]
             parts = piece[:-2].split(b"\n\n")
             if all(part[:6] == b"data: " and b"\n" not in part for part in parts):
                 return [part[6:] for part in parts]
-        return self._feed_lines(piece)
+        events = self._feed_lines(piece)
+        self.is_fresh = not (self._line or self._data or self._skips_feed)
+        return events
 
     def _feed_lines(self, piece: bytes) -> list[bytes]:
         if self._skips_feed and piece:
@@ -69,9 +72,10 @@ class EventReader:
 class LineReader:
     """The lines of one stream of JSON lines."""
 
-    __slots__ = ("_line",)
+    __slots__ = ("_line", "is_fresh")
 
     def __init__(self) -> None:
+        self.is_fresh = False  # no event of a stream is ever one of its lines
         self._line = b""
 
     def feed(self, piece: bytes) -> list[bytes]:
