@@ -13,8 +13,12 @@ tool itself reports of the same truth: TTFT 50 ms, 10 ms a token. A tool that is
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
+import resource
+import select
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,9 +30,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from agent.loadgen.apis import _DECODE as decode_chunk
+from agent.loadgen.clocks import SO_TIMESTAMPNS, unpack
 from agent.loadgen.run import run
 from agent.loadgen.words import WORDS
-from benchmarks.loadgen import CPUS, ITL_US, STUB, TOKENS, TTFT_US, share_of, stub, theirs, tokens_of
+from benchmarks.loadgen import CPUS, ITL_US, STUB, TOKENS, TTFT_US, body_of, share_of, stub, theirs, tokens_of
 
 DIR = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "herder-peers"
 CLIENTS = Path(__file__).with_name("peer_clients.py")
@@ -100,6 +106,56 @@ def herder_program(place: Place, streams: int, requests: int) -> Seen:
     found = json.loads((place.work / "herder.json").read_text())["latency"]
     ttft = found["ttft"]["percentiles"]
     return Seen(cpu_s, ttft["p50"], ttft["p99"], found["tpot"]["percentiles"]["p50"])
+
+
+def bare_loop(place: Place, streams: int, requests: int) -> Seen:
+    """The least that a client of this kind can do: epoll, recvmsg with the kernel's stamp, JSON of every event."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        cpu_s = _bare(place.port, streams, requests)
+        os.write(writing, repr(cpu_s).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        cpu_s = float(pipe.read())
+    os.waitpid(pid, 0)
+    return Seen(cpu_s)
+
+
+def _bare(port: int, streams: int, requests: int) -> float:
+    """CPU seconds of a closed loop that checks nothing."""
+    body = body_of(TOKENS)
+    wire = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+    epoll, connections = select.epoll(), {}
+    for _ in range(streams):
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        epoll.register(sock.fileno(), select.EPOLLIN)
+        connections[sock.fileno()] = sock
+    stamps, left, live = [], requests, 0
+    gc.collect()
+    gc.disable()
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    for sock in connections.values():
+        sock.send(wire)
+        left, live = left - 1, live + 1
+    while live:
+        for fd, _ in epoll.poll(0.1, 64):
+            data, control, _, _ = connections[fd].recvmsg(16_384, 64)
+            at = unpack(control[0][2]) if control else (0, 0)
+            for line in data.split(b"\r\n"):
+                if line[:6] == b"data: " and line[6:12] != b"[DONE]":
+                    if decode_chunk(line[6:].rstrip()).choices:
+                        stamps.append(at)
+                elif line[:6] == b"data: ":
+                    live -= 1
+                    if left:
+                        connections[fd].send(wire)
+                        left, live = left - 1, live + 1
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def aiohttp_uvloop(place: Place, streams: int, requests: int) -> Seen:
@@ -198,6 +254,7 @@ def aiperf(place: Place, streams: int, requests: int) -> Seen:
 
 CLIENTS_OF: dict[str, tuple[Client, bool]] = {  # name -> (client, a whole program whose start is taken off?)
     "herder (its loop)": (herder, False),
+    "bare epoll loop": (bare_loop, False),
     "herder bench": (herder_program, True),
     "sglang rust client": (sglang, True),
     "aiohttp + uvloop": (aiohttp_uvloop, False),
