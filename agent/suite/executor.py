@@ -89,6 +89,9 @@ class Executor:
         self.service = executor.get_service_name()
         self._run: Run | None = None
         self._is_starting = False
+        self._starting: Run | None = None
+        self._is_unwanted = False
+        """Whether a stop came for the workload that is starting."""
         self._folder = Path(tempfile.mkdtemp(prefix="herder-executor-"))
         self._tasks: set[asyncio.Task[None]] = set()
         self._host = os.uname().nodename
@@ -118,7 +121,9 @@ class Executor:
         token = self.settings.token
         if token is not None and request.path != "/health":
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+            if scheme.lower() != "bearer" or not hmac.compare_digest(
+                given.strip().encode(errors="surrogateescape"), token.encode()
+            ):
                 said = "send the executor's token as `Authorization: Bearer ...`"
                 return _refused(401, said, {"WWW-Authenticate": "Bearer"})
         try:
@@ -132,7 +137,7 @@ class Executor:
     async def _start(self, request: web.Request) -> web.Response:
         try:
             config = json.loads(await request.read() or b"null")
-        except ValueError:
+        except (ValueError, RecursionError):
             return _refused(400, "the body is not JSON")
         if not config:
             return _refused(400, "No workload configuration provided")
@@ -140,13 +145,13 @@ class Executor:
             return _refused(400, "a workload configuration is an object")
         if self._is_starting or (self._run is not None and self._run.is_running):
             return _refused(400, "Workload already running")
-        self._is_starting = True
+        self._is_starting, self._is_unwanted = True, False
         try:
             run = await self._begin(config)
-        except ValueError as error:
+        except (ValueError, TypeError, OverflowError) as error:
             return _refused(400, str(error))
         finally:
-            self._is_starting = False
+            self._is_starting, self._starting = False, None
         return web.json_response(
             {
                 "status": "started",
@@ -167,7 +172,7 @@ class Executor:
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
             limit=MAX_LINE, start_new_session=True,
         )  # fmt: skip
-        run = Run(config, plan, process, time.monotonic(), Figures(threads=plan.slots or 1))
+        run = self._starting = Run(config, plan, process, time.monotonic(), Figures(threads=plan.slots or 1))
         order = {
             "executor": self.executor.reference,
             "plugins": list(self.settings.plugins),
@@ -180,6 +185,8 @@ class Executor:
         assert process.stdin is not None
         process.stdin.write(json.dumps(order).encode() + b"\n")
         self._follow(self._listen(run))
+        if self._is_unwanted:
+            _end_group(process)
         waits = [asyncio.ensure_future(event.wait()) for event in (run.armed, run.over)]
         try:
             await asyncio.wait(waits, timeout=ARM_LIMIT_S, return_when=asyncio.FIRST_COMPLETED)
@@ -187,6 +194,9 @@ class Executor:
             for wait in waits:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
+        if self._is_unwanted:
+            await self._kill(run)
+            raise ValueError("the workload was stopped before it began")
         if not run.armed.is_set():
             await self._kill(run)
             raise ValueError(run.said or run.error or f"the load was not ready within {ARM_LIMIT_S:g} s")
@@ -217,8 +227,7 @@ class Executor:
         finally:
             errors.cancel()
             if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                _end_group(process)
             if run.phase != "done":
                 run.phase = "failed"
             run.ended = time.monotonic()
@@ -249,6 +258,8 @@ class Executor:
                 run.phase = "done"
             case "refused":
                 run.said = str(message["said"])
+                if run.armed.is_set():
+                    run.error = run.said
 
     async def _status(self, request: web.Request) -> web.Response:
         run = self._run
@@ -334,6 +345,14 @@ class Executor:
         return web.FileResponse(path, headers={"Content-Type": "application/octet-stream"})
 
     async def _stop(self, request: web.Request) -> web.Response:
+        if self._is_starting:
+            # Whoever asked for it may be gone: nothing may begin after this answer.
+            self._is_unwanted = True
+            if self._starting is not None:
+                _end_group(self._starting.process)
+            return web.json_response(
+                {"status": "stopped", "success": True, "message": "Workload stopped", "final_metrics": {}}
+            )
         run = self._run
         if run is None or not run.is_running:
             said = {"status": "stopped", "success": True, "message": "No workload running"}
@@ -352,8 +371,7 @@ class Executor:
         try:
             await asyncio.wait_for(run.over.wait(), STOP_LIMIT_S)
         except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(run.process.pid, signal.SIGKILL)
+            _end_group(run.process)
             await run.over.wait()
 
     async def _end(self, app: web.Application) -> None:
@@ -363,6 +381,12 @@ class Executor:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _end_group(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _refused(status: int, said: str, headers: dict[str, str] | None = None) -> web.Response:

@@ -30,6 +30,7 @@ import msgspec
 from agent.loadgen.engine import NS, Tick
 from agent.loadgen.order import Order, order_of, shares_of
 from agent.loadgen.run import LEAD_NS, Crew
+from agent.runs.runner import guard_lookups
 from agent.suite import workload
 from agent.suite.errors import SuiteError
 from agent.suite.executors import BaseWorkloadExecutor
@@ -39,6 +40,7 @@ from common.bench import outcome as outcome_file
 from common.bench import report
 from common.bench.histogram import bucket_of
 from common.bench.outcome import Asked
+from common.errors import AddressRefused
 
 STOP_GRACE_S = 5.0
 MAX_ORDER = 4 << 20
@@ -102,7 +104,10 @@ def main() -> int:
             Threads(line, executor, order["config"], plan).run()
         else:
             _load(line, executor, order, plan)
-    except (ValueError, OSError, TimeoutError, SuiteError) as error:
+    except AddressRefused as error:
+        line.say("refused", said=error.message)
+        return 1
+    except (ValueError, TypeError, OverflowError, OSError, SuiteError, msgspec.ValidationError) as error:
         line.say("refused", said=str(error) or type(error).__name__)
         return 1
     return 0
@@ -133,6 +138,7 @@ def _load(line: Line, executor: BaseWorkloadExecutor, order: dict[str, Any], pla
     """The load generator's run."""
     roots = [Path(root) for root in order["file_roots"]]
     spec = workload.spec_of(order["config"], plan, executor.style, roots)
+    guard_lookups()
     aim = workload.aim_of(plan, order["headers"], order.get("ca_file"))
     made = order_of(spec, aim, part=plan.part, parts=plan.parts)
     count = made.tokenizer.count if made.tokenizer is not None else None
@@ -165,14 +171,19 @@ def _load(line: Line, executor: BaseWorkloadExecutor, order: dict[str, Any], pla
     finally:
         crew.close()
     built = report.build(_own_part(made), outcome)
+    notes = []
     if order.get("result"):
-        Path(order["result"]).write_bytes(outcome_file.encode(made.asked, outcome))
+        try:
+            Path(order["result"]).write_bytes(outcome_file.encode(made.asked, outcome))
+        except OSError as error:
+            Path(order["result"]).unlink(missing_ok=True)
+            notes = [f"single requests could not be kept: {error.strerror or error}"]
     plain = msgspec.to_builtins(built)
     for left_out in ("histograms", "formulas", "rules"):
         plain_left = plain.pop(left_out)
         if left_out == "histograms":
             figures = of_report(plain | {"histograms": plain_left}, plan.slots or made.spec.workers)
-    line.say("done", figures=figures.to_wire(), report=plain, start_wall_s=outcome.start_wall_s)
+    line.say("done", figures=figures.to_wire(), report=plain, notes=notes, start_wall_s=outcome.start_wall_s)
 
 
 def _own_part(order: Order) -> Asked:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import signal
+import socket
 import statistics
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -97,6 +100,39 @@ def test_without_the_token_only_health_answers(vllm: Stub, client: ExecutorProce
     assert client.call("GET", "/health", token="")[0] == 200
 
 
+def test_bodies_and_tokens_that_make_no_sense_are_refused(client: ExecutorProcess) -> None:
+    """Deep, huge and broken bodies get a 4xx and a token of any bytes a 401; none is an error of the executor's."""
+    for body, expected in ((b"[" * 200_000, 400), (b"{" * 200_000, 400), (b"\xff", 400), (b"x" * (2 << 20), 413)):
+        assert _raw(client, body, str(client.token).encode()) == expected
+    assert _raw(client, b"{}", b"hdx_\xff\xfe") == 401
+    assert client.call("GET", "/status")[1]["running"] is False
+
+
+def _raw(client: ExecutorProcess, body: bytes, token: bytes) -> int:
+    """The status of a /start made of bytes."""
+    head = b"POST /start HTTP/1.1\r\nHost: h\r\nConnection: close\r\nAuthorization: Bearer " + token
+    with socket.create_connection(("127.0.0.1", client.port), timeout=20) as made:
+        made.sendall(head + b"\r\nContent-Length: %d\r\n\r\n" % len(body))
+        with contextlib.suppress(OSError):
+            made.sendall(body)
+        return int(made.recv(1000).split()[1])
+
+
+def test_a_stop_while_a_workload_starts_is_a_stop(client: ExecutorProcess) -> None:
+    """Who gave up waiting for the start leaves no load behind; the next workload is taken."""
+    slow = QUICK | {"server_url": "http://127.0.0.1:9", "prompt_len": 1_000_000, "duration": 60}
+    answers: list[tuple[int, dict[str, Any]]] = []
+    starter = threading.Thread(target=lambda: answers.append(client.call("POST", "/start", slow)))
+    starter.start()
+    until(lambda: psutil.Process(client.process.pid).children())
+    assert client.call("POST", "/stop")[1]["message"] == "Workload stopped"
+    starter.join(20)
+    [(status, said)] = answers
+    assert (status, said["success"], "stopped before it began" in said["error"]) == (400, False, True)
+    assert client.call("GET", "/status")[1]["running"] is False
+    assert not psutil.Process(client.process.pid).children()
+
+
 def test_no_auth_is_said_on_purpose(tmp_path: Path) -> None:
     """With --no-auth no token is made and none is asked for."""
     with executor(tmp_path, arguments=("--no-auth",)) as made:
@@ -117,6 +153,13 @@ def test_no_auth_is_said_on_purpose(tmp_path: Path) -> None:
         (QUICK | {"server_url": "http://127.0.0.1:9", "concurrency": [1, 2]}, "swept by"),
         (QUICK | {"server_url": "http://127.0.0.1:9", "target_rps": 5, "concurrency": 2}, "take one"),
         (QUICK | {"server_url": "http://no.such.host.invalid"}, ""),
+        (QUICK | {"server_url": "http://127.0.0.1:9", "sleep_seconds": [1]}, "not 'list'"),
+        (QUICK | {"server_url": "http://127.0.0.1:9", "parameters": [1]}, "dictionary"),
+        (QUICK | {"server_url": "http://127.0.0.1:9", "path": 3}, "`$.path`"),
+        (QUICK | {"server_url": "http://127.0.0.1:9", "clients_per_node": float("inf")}, "infinity"),
+        (QUICK | {"server_url": "http://169.254.169.254/latest/meta-data"}, "metadata service"),
+        (QUICK | {"server_url": "http://2852039166"}, "metadata service"),
+        (QUICK | {"server_url": "http://127.0.0.1:9/x\r\nEvil: 1"}, "not a path"),
     ],
 )
 def test_a_workload_that_cannot_be_done_is_refused_at_the_start(client: ExecutorProcess, body: Any, said: str) -> None:
