@@ -46,6 +46,8 @@ class BaseWorkloadController:
         self.lost: dict[str, str] = {}
         """Clients that are given up, with the reason."""
         self._token_until = 0.0
+        self._sent: set[str] = set()
+        """Clients that may work for this controller: asked to start, and not known to have refused."""
         self._started: dict[str, float] = {}
         self._seen: dict[str, dict[str, Any]] = {}
 
@@ -106,9 +108,10 @@ class BaseWorkloadController:
     ) -> bool:
         """Starts it on all executors, each with its part. targets: other server_endpoints for some of them.
 
-        When one refuses, those that have begun are stopped.
+        When one refuses, those that have begun are stopped; one that works for somebody else goes on.
         """
         self.lost, self._started, self._seen = {}, {}, {}
+        self._sent = set()
         parts = len(self.client_nodes)
 
         def start(node: str) -> str:
@@ -117,6 +120,7 @@ class BaseWorkloadController:
             config.setdefault("part", self.client_nodes.index(node))
             if targets and node in targets:
                 config["server_endpoints"] = list(targets[node])
+            self._sent.add(node)
             try:
                 status, said = ask_json(
                     "POST", self.url(node, "/start"), body=config, token=self.token, timeout_s=START_S
@@ -124,6 +128,7 @@ class BaseWorkloadController:
             except OSError as error:
                 return f"{node}: {reason(error)}"
             if status != 200 or not (said.get("success") or said.get("status") == "started"):
+                self._sent.discard(node)
                 return f"{node}: {said.get('error') or f'answers {status}'}"
             if said.get("start_wall_s") is not None:
                 self._started[node] = float(said["start_wall_s"])
@@ -131,7 +136,7 @@ class BaseWorkloadController:
 
         self.problems = [said for said in self._each(start) if said]
         if self.problems:
-            self.terminate_workload()
+            self.stop_own()
         return not self.problems
 
     def fetch_metrics(self) -> dict[str, Any]:
@@ -175,7 +180,7 @@ class BaseWorkloadController:
             if now > deadline:
                 for node in set(found) - set(over):
                     self.lost[node] = f"E007: still running {DRAIN_S + MARGIN_S:g} s after its end"
-                self.terminate_workload()
+                self._stop(sorted(set(found) - set(over)))
                 return found
             time.sleep(POLL_S)
 
@@ -200,6 +205,8 @@ class BaseWorkloadController:
             self.lost[node] = "its executor was started anew"
         elif not said.get("running") and said.get("error"):
             self.lost[node] = str(said["error"])
+        elif said.get("phase") == "failed":
+            self.lost[node] = "its load generator failed"
         else:
             self._seen[node] = said
 
@@ -258,8 +265,14 @@ class BaseWorkloadController:
         return data if status == 200 else None
 
     def terminate_workload(self) -> bool:
-        """Stops it on all executors that can be reached."""
+        """Stops it on all executors that can be reached, whoever started it."""
+        return self._stop(self.client_nodes)
 
+    def stop_own(self) -> bool:
+        """Stops what this controller has started, and leaves alone executors that work for somebody else."""
+        return self._stop([node for node in self.client_nodes if node in self._sent])
+
+    def _stop(self, nodes: Sequence[str]) -> bool:
         def stop(node: str) -> str:
             try:
                 status, said = ask_json("POST", self.url(node, "/stop"), token=self.token, timeout_s=20.0)
@@ -267,8 +280,7 @@ class BaseWorkloadController:
                 return f"{node}: {reason(error)}"
             return "" if status == 200 and said.get("success", True) else f"{node}: {said.get('error') or status}"
 
-        reachable = [node for node in self.client_nodes if node not in self.lost]
-        said = [one for one in at_once(stop, reachable) if one]
+        said = [one for one in at_once(stop, [node for node in nodes if node not in self.lost]) if one]
         self.problems += said
         return not said
 

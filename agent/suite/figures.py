@@ -4,6 +4,7 @@ its document and of its code, and Prometheus text. Percentiles come from histogr
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,6 +147,8 @@ def nested(figures: Figures, *, elapsed_s: float) -> dict[str, Any]:
 def prometheus(service: str, figures: Figures, *, running: bool, elapsed_s: float, host: str) -> str:
     """Prometheus text under the toolkit's names, with the label host."""
     latency = in_seconds(figures.latency)
+    service = re.sub(r"[^a-zA-Z0-9_:]", "_", service)
+    service = f"_{service}" if service[:1].isdigit() else service
     label = 'host="' + host.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
     rows: list[tuple[str, str, str, float]] = [
         ("workload_running", "gauge", "Whether a workload is running", float(running)),

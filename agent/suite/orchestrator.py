@@ -8,6 +8,7 @@ that dies costs coverage and a bounded time; an interruption stops all clients.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import statistics
 import threading
@@ -34,6 +35,7 @@ from herder.errors import HerderError
 DEFAULT_OUTPUT = "./benchmark_output"
 PUSHGATEWAY_PORT = 9091
 PROGRESS_S = 10.0
+_SECRET = re.compile("token|key|secret|passw|credential", re.I)
 
 
 class Interrupted(Exception):
@@ -327,7 +329,7 @@ class Orchestrator:
         """After an interruption or a failure nobody goes on sending."""
         controller = self._controller
         if controller is not None and (self._stopped.is_set() or _is_failing()):
-            controller.terminate_workload()
+            controller.stop_own()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -375,7 +377,7 @@ class Orchestrator:
                 "ended": time.time(),
                 "herder_version": __version__,
                 "metadata": msgspec.to_builtins(recipe.metadata),
-                "recipe": msgspec.to_builtins(recipe),
+                "recipe": _without_secrets(msgspec.to_builtins(recipe)),
                 "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
             },
             "benchmarks": [
@@ -450,6 +452,12 @@ def spread_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "stddev": statistics.stdev(values) if len(values) > 1 else 0.0,
         }
     return made
+
+
+def _without_secrets(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Results are passed on, tokens in the servers' environment are not."""
+    kept = {name: "..." if _SECRET.search(name) else value for name, value in recipe.get("environment", {}).items()}
+    return recipe | {"environment": kept}
 
 
 def _endpoint(node: str, port: int) -> str:

@@ -186,18 +186,28 @@ def prune(root: Path, *, now: float | None = None) -> list[Path]:
     gone: list[Path] = []
     for marked in sorted(root.glob(f"*/{MARK}")):
         try:
-            found = json.loads(marked.read_text())
-        except (OSError, ValueError):
-            continue
-        if not isinstance(found, dict) or found.get("kind") != KIND:
-            continue
-        for part in ("logs", "monitoring"):
-            kept = found.get(part) or {}
-            if now - float(found.get("created") or now) <= float(kept.get("keep_s") or 0):
+            # What somebody else left in a folder that is open to all says nothing about our files.
+            if marked.lstat().st_uid != os.geteuid() or marked.parent.is_symlink():
                 continue
-            for name in kept.get("files") or ():
-                path = (marked.parent / str(name)).resolve()
-                if path.is_relative_to(marked.parent.resolve()) and path.is_file():
-                    path.unlink()
-                    gone.append(path)
+            found = json.loads(marked.read_text())
+            if not isinstance(found, dict) or found.get("kind") != KIND:
+                continue
+            gone += _prune_one(marked.parent, found, now)
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            continue
+    return gone
+
+
+def _prune_one(folder: Path, found: dict[str, Any], now: float) -> list[Path]:
+    gone: list[Path] = []
+    for part in ("logs", "monitoring"):
+        kept = found.get(part) or {}
+        if now - float(found.get("created") or now) <= float(kept.get("keep_s") or 0):
+            continue
+        for name in kept.get("files") or ():
+            path = (folder / str(name)).resolve()
+            if path.is_relative_to(folder.resolve()) and path.is_file():
+                path.unlink()
+                gone.append(path)
+
     return gone

@@ -238,13 +238,14 @@ def test_clients_that_cannot_work_are_e002(vllm: Stub, two: list[ExecutorProcess
 def test_a_client_that_is_busy_is_e004_and_the_others_are_stopped(
     vllm: Stub, two: list[ExecutorProcess], tmp_path: Path
 ) -> None:
-    """Nobody goes on sending when one of them could not start."""
+    """Nobody goes on sending when one of them could not start, but for the one that works for somebody else."""
     recipe(tmp_path, duration="60s")
     busy = {"server_url": vllm.url, "model": "m", "duration": 60}
     assert two[1].call("POST", "/start", busy)[0] == 200
     done = orchestrate(tmp_path, [vllm], two)
     assert (done.returncode, "E004" in done.stderr, "already running" in done.stderr) == (1, True, True)
     assert two[0].call("GET", "/status")[1]["running"] is False
+    assert two[1].call("GET", "/status")[1]["running"] is True
 
 
 def test_a_dead_client_degrades_the_run_and_does_not_hang(

@@ -18,7 +18,7 @@ from agent.suite import figures, reading, results, tokens
 from agent.suite.api import LogSource, ServiceFactory, TailerLogCollector
 from agent.suite.controller import BaseWorkloadController
 from agent.suite.logs import time_of
-from agent.suite.orchestrator import spread_of
+from agent.suite.orchestrator import _without_secrets, spread_of
 from common.bench.histogram import RELATIVE_ERROR, Histogram
 from herder.errors import HerderError
 
@@ -76,6 +76,28 @@ def test_prometheus_text_bears_any_host() -> None:
     assert 'ollama_requests_total{host="a\\"b\\\\c\\n"} 2\n' in text
     assert "ollama_workload_running" in text
     assert re.search(r"^ollama_throughput_rps\{.*\} 0\.5$", text, re.M)
+
+
+def test_prometheus_text_bears_any_service() -> None:
+    """A service may be called what no metric may be."""
+    text = figures.prometheus("2my-service.v1", measured([NS], 0), running=True, elapsed_s=1.0, host="h")
+    assert re.search(r"^_2my_service_v1_requests_total\{", text, re.M)
+    assert "my-service" not in text
+
+
+def test_a_client_whose_generator_failed_is_lost() -> None:
+    """What it counted before is no whole measurement, even where it cannot say why it failed."""
+    controller = BaseWorkloadController(["a"], timeout=1)
+    said = {"figures": measured([NS]).to_wire(), "is_reachable": True, "running": False, "phase": "failed"}
+    controller._judge("a", said, 0.0, {"a": 0.0})
+    whole = controller.aggregated({"a": said})
+    assert (whole["coverage"], whole["is_valid"]) == ("0/1", False)
+
+
+def test_tokens_of_servers_do_not_get_into_results() -> None:
+    """Results are passed on; what else the environment says is part of the experiment."""
+    found = _without_secrets({"environment": {"HF_TOKEN": "hf_x", "OLLAMA_NUM_PARALLEL": "4"}, "scenario": "s"})
+    assert found == {"environment": {"HF_TOKEN": "...", "OLLAMA_NUM_PARALLEL": "4"}, "scenario": "s"}
 
 
 def test_a_lost_client_is_left_out_with_its_share() -> None:
@@ -194,6 +216,28 @@ def test_logs_and_samples_go_after_their_retention(tmp_path: Path) -> None:
     assert results.prune(tmp_path, now=time.time() + 4 * 86_400) == [sample]
     assert result.exists()
     assert outside.exists()
+
+
+@pytest.mark.parametrize("text", ['{"kind": "herder-suite-experiment", "created": "x"}', "[1]", "[" * 100_000, '{"ki'])
+def test_marks_that_make_no_sense_are_passed_over(text: str, tmp_path: Path) -> None:
+    """A run does not end with an error because of what lies beside its results."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / results.MARK).write_text(text)
+    assert results.prune(tmp_path, now=time.time() + 9e6) == []
+
+
+def test_only_own_experiments_are_pruned(tmp_path: Path) -> None:
+    """In a folder that is open to all, a link to a folder elsewhere is not followed."""
+    recipe = reading.recipe_of({"workload": {"service": "dummy", "duration": 1}})
+    folder, shared = tmp_path / "home" / "experiment", tmp_path / "shared"
+    folder.mkdir(parents=True)
+    shared.mkdir()
+    (folder / "a.log").write_text("x")
+    results.mark(folder, recipe, [folder / "a.log"], [])
+    (shared / "link").symlink_to(folder)
+    assert results.prune(shared, now=time.time() + 9e8) == []
+    assert (folder / "a.log").exists()
+    assert results.prune(folder.parent, now=time.time() + 9e8) == [folder / "a.log"]
 
 
 def test_utilization_is_read_from_samples(tmp_path: Path) -> None:
