@@ -61,6 +61,11 @@ class Api:
     needs_finish: bool = False
     """A stream without its last word is truncated."""
 
+    @property
+    def is_opaque(self) -> bool:
+        """Whatever bytes it answers are good, as they are not read."""
+        return self.read_body is read_anything
+
 
 class _Usage(msgspec.Struct):
     prompt_tokens: int = -1
@@ -102,7 +107,7 @@ def read_openai_event(payload: bytes, answer: Answer) -> int:
         answer.error = "an event that is not JSON"
         return NOTHING
     usage = chunk.usage
-    if usage is not None:
+    if usage is not None and (usage.completion_tokens >= 0 or usage.prompt_tokens >= 0):
         answer.input_tokens, answer.output_tokens = usage.prompt_tokens, usage.completion_tokens
     if chunk.error is not None:
         answer.error = bytes(chunk.error)[:MAX_ERROR].decode(errors="replace")

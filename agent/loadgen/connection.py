@@ -354,11 +354,15 @@ class Connection:
             self.owner.coalesced += len(stamps) - before - 1
 
     def _choose_framing(self, call: Call) -> None:
-        """Events where the server says so; else, and for errors, the body is read as a whole."""
-        kind = self.reader.headers.get(b"content-type", b"").lower()
-        if self.reader.status == 200 and kind.startswith(b"text/event-stream"):
+        """Events where the server says so and the API has some; else, and for errors, the body is read as a whole."""
+        headers, framing = self.reader.headers, self.owner.api.framing
+        coding = headers.get(b"content-encoding", b"").strip().lower()
+        if coding not in (b"", b"identity") and self.reader.status == 200 and not self.owner.api.is_opaque:
+            raise ProtocolError(f"compressed ({coding[:20].decode(errors='replace')}), which was not asked for")
+        kind = headers.get(b"content-type", b"").lower()
+        if self.reader.status == 200 and kind.startswith(b"text/event-stream") and framing in ("sse", "lines"):
             call.events = EventReader()
-        elif self.reader.status == 200 and b"ndjson" in kind and self.owner.api.framing == "lines":
+        elif self.reader.status == 200 and b"ndjson" in kind and framing == "lines":
             call.events = LineReader()
         else:
             call.body = []

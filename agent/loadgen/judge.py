@@ -141,10 +141,18 @@ def _verdict(engine: Engine, call: Call, status: int, came: bool) -> tuple[str, 
 
 def _marks(engine: Engine, call: Call) -> list[int]:
     """Tokens up to each piece, where the server told them with every piece or a tokenizer counts them; else empty."""
-    if call.stamps and len(call.marks) == len(call.stamps):
-        return call.marks
+    marks = call.marks
+    # A server that says 0 with the role, or each piece's own count, has not told the tokens up to a piece.
+    if (
+        marks
+        and len(marks) == len(call.stamps)
+        and 0 < marks[0] <= marks[-1]
+        and (marks[-1] > marks[0] or len(marks) == 1)
+        and 2 * marks[-1] >= call.answer.output_tokens
+    ):
+        return marks
     texts = call.answer.texts
-    if texts is None or call.answer.output_tokens >= 0:
+    if texts is None or call.answer.output_tokens > 0:
         return []
     counts = engine.tokens_of([text for text in texts if text])
     if counts is None:
@@ -160,7 +168,8 @@ def _output_tokens(engine: Engine, call: Call, marks: Sequence[int]) -> tuple[in
     """(who counted, tokens): the server before the tokenizer before the number of pieces."""
     if not engine.api.makes_tokens:
         return _NONE, -1
-    if call.answer.output_tokens >= 0:
+    # None at all is what a server says at the start that never counts; the pieces prove otherwise.
+    if call.answer.output_tokens > 0 or (call.answer.output_tokens == 0 and not call.stamps):
         return _SERVER, call.answer.output_tokens
     if marks:
         return _TOKENIZER, marks[-1]
@@ -199,7 +208,7 @@ def _keep_grid(engine: Engine, call: Call, marks: Sequence[int], output: int, at
             at = (at_ns - start) // GRID_NS
             grid[at] = grid.get(at, 0) + output
         return
-    if len(marks) == len(stamps) or output > len(stamps):
+    if len(marks) == len(stamps) or (output >= 0 and output != len(stamps)):
         before = 0
         for number, stamp in enumerate(stamps):
             upto = marks[number] if len(marks) == len(stamps) else output * (number + 1) // len(stamps)

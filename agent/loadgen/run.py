@@ -248,8 +248,9 @@ def _say(fd: int, message: dict[str, Any]) -> None:
 
 def _work(share: Share, count_tokens: Callable[[str], int] | None, control_fd: int, result_fd: int) -> None:
     """A worker's life."""
+    # Signals to the whole group (Ctrl-C, scancel, timeout) are the parent's to heed; when it dies, its pipe tells.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # A pass of the collector over the prepared requests would stop the loop for tens of milliseconds.

@@ -9,11 +9,14 @@ import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from agent.loadgen.apis import Api
 from agent.loadgen.login import Login
 
+MAX_TRIED = 4  # addresses of one name
+TRY_S = 2.0
 _NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 _OWN = ("host", "content-length", "transfer-encoding", "connection", "accept-encoding")
 
@@ -33,9 +36,18 @@ class Target:
     """Of PostgreSQL; None for HTTP."""
 
     def resolve(self) -> tuple[int, tuple[str, int]]:
-        """(family, address), asked of the resolver once: no name is looked up during the run. Raises: OSError."""
-        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
-        family, _, _, _, address = found[0]
+        """(family, address), asked of the resolver once: no name is looked up during the run. Raises: OSError.
+
+        Of several addresses the first that takes a connection, as `localhost` is often both ::1 and 127.0.0.1.
+        """
+        try:
+            found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or "not found", self.host) from None
+        addresses = [(family, address) for family, _, _, _, address in found]
+        family, address = addresses[0]
+        if len(addresses) > 1:
+            family, address = next((one for one in addresses[:MAX_TRIED] if _listens(*one)), addresses[0])
         return int(family), (str(address[0]), int(address[1]))
 
     def tls(self) -> ssl.SSLContext | None:
@@ -84,6 +96,16 @@ class Target:
             lines.append(f"Content-Length: {len(body)}")
         lines += [f"{key}: {value}" for key, value in self.headers]
         return self.opening(method) + "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+def _listens(family: int, address: Any) -> bool:
+    """Whether somebody takes a connection there."""
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.settimeout(TRY_S)
+        try:
+            return sock.connect_ex(address) == 0
+        except OSError:
+            return False
 
 
 def parse_url(

@@ -138,6 +138,8 @@ def command(options: Globals, /, **given: Any) -> int:
         order: Order = order_of(LoadSpec(**fields), aim)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
+    if given["save"]:
+        _check_writable(Path(given["save"]))
     live = Live(options, order)
     try:
         report, outcome = perform(order, on_tick=live.take, on_start=live.begin)
@@ -145,11 +147,14 @@ def command(options: Globals, /, **given: Any) -> int:
         raise click.UsageError(str(error)) from None
     finally:
         live.end()
-    said = _save(given, report, outcome) if given["save"] else ""
     value: Any = report
+    said = ""
     if given["detail"]:
         value, said = _detailed(report, outcome)
+    # First what was measured, then its file: a disk that is full must not cost the run.
     output.emit(options, value, render(report))
+    if given["save"]:
+        said = _save(given, report, outcome) or said
     if said:
         output.note(options, f"left out: {said}")
     for words in outcome.said:
@@ -195,6 +200,16 @@ def _detailed(report: Any, outcome: Any) -> tuple[dict[str, Any], str]:
         return value | {"requests": detail(outcome.records)}, ""
     except ValueError as error:
         return value, str(error)
+
+
+def _check_writable(path: Path) -> None:
+    """Says before a run, not after it, that its report cannot be written. Raises: OSError."""
+    is_new = not path.exists()
+    if not is_new and not (path.is_file() or path.is_dir()):
+        return  # a pipe would take the try for the report
+    path.open("ab").close()
+    if is_new:
+        path.unlink()
 
 
 def _save(given: dict[str, Any], report: Any, outcome: Any) -> str:

@@ -105,7 +105,8 @@ def run(args: list[str] | None, options: Globals) -> int:
 
     try:
         outcome = cli.main(args, prog_name="herder", standalone_mode=False, obj=options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as it is where its descriptor was closed
+            sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return EXIT_USAGE
