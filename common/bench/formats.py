@@ -12,7 +12,7 @@ import io
 from datetime import UTC, datetime
 from typing import Any
 
-from common.bench.metrics import MS
+from common.bench.metrics import MS, NS, Window
 from common.bench.records import OUTCOMES, Records
 from common.bench.report import MAX_DETAIL, Report
 
@@ -57,15 +57,15 @@ def to_vllm(report: Report, records: Records) -> dict[str, Any]:
         "backend": f"openai-{plan.get('api')}",
         "label": "herder",
         "model_id": plan.get("model"),
-        "num_prompts": report.counts["sent"],
+        "num_prompts": report.counts["in_window"],
         "request_rate": plan.get("rate") if plan.get("loop") == "open" else "inf",
         "burstiness": plan.get("burstiness"),
         "max_concurrency": plan.get("concurrency"),
         "duration": seconds,
         "completed": report.counts["good"],
         "failed": report.counts["failed"],
-        "total_input_tokens": report.input_tokens,
-        "total_output_tokens": report.output_tokens,
+        "total_input_tokens": 0,
+        "total_output_tokens": 0,
         "request_throughput": report.throughput.req_s,
         "request_goodput": report.goodput.goodput_req_s if report.goodput else None,
         "output_throughput": report.throughput.output_tok_s,
@@ -81,13 +81,23 @@ def to_vllm(report: Report, records: Records) -> dict[str, Any]:
         made[f"std_{theirs}_ms"] = summary.stddev
         for name, share in _SHARES.items():
             made[f"p{share}_{theirs}_ms"] = summary.percentiles.get(name)
-    rows = list(records.columns("sent", "first", "last", "counted_input", "input", "output", "outcome"))
+    rows = _measured(report, records, "sent", "first", "last", "counted_input", "input", "output", "outcome")
+    good = [row for row in rows if row[-1] == 0]
+    made["total_input_tokens"] = sum(there if there >= 0 else here for _, _, _, here, there, _, _ in good)
+    made["total_output_tokens"] = sum(max(output, 0) for *_, output, _ in good)
     made["input_lens"] = [there if there >= 0 else here for _, _, _, here, there, _, _ in rows]
     made["output_lens"] = [max(output, 0) for *_, output, _ in rows]
     made["ttfts"] = [(first - sent) / (1000 * MS) if first >= 0 else 0.0 for sent, first, *_ in rows]
     made["start_times"] = [sent / (1000 * MS) for sent, *_ in rows]
     made["errors"] = ["" if outcome == 0 else OUTCOMES[outcome] for *_, outcome in rows]
     return made
+
+
+def _measured(report: Report, records: Records, *names: str) -> list[tuple[int, ...]]:
+    """Columns of the requests of the window: those that all other figures of the file are of."""
+    window = Window(round(report.window["begin_s"] * NS), round(report.window["end_s"] * NS))
+    rows = records.columns("scheduled", *names)
+    return [row[1:] for row in rows if window.holds(row[0])]
 
 
 def to_genai_bench(report: Report, records: Records) -> dict[str, Any]:
@@ -97,8 +107,8 @@ def to_genai_bench(report: Report, records: Records) -> dict[str, Any]:
     plan, rates = report.plan, report.throughput
     seconds = report.window["end_s"] - report.window["begin_s"]
     good: list[dict[str, Any]] = []
-    for sent, first, last, here, there, output, outcome, status in records.columns(
-        "sent", "first", "last", "counted_input", "input", "output", "outcome", "status"
+    for sent, first, last, here, there, output, outcome, status in _measured(
+        report, records, "sent", "first", "last", "counted_input", "input", "output", "outcome", "status"
     ):
         if outcome:
             good.append({"error_code": status or 500, "error_message": OUTCOMES[outcome]})
@@ -116,7 +126,7 @@ def to_genai_bench(report: Report, records: Records) -> dict[str, Any]:
     for request in good:
         if "error_code" in request:
             codes[str(request["error_code"])] = codes.get(str(request["error_code"]), 0) + 1
-    total = report.counts["sent"]
+    total = report.counts["in_window"]
     errors = sum(codes.values())
     return {
         "aggregated_metrics": {
