@@ -196,7 +196,10 @@ def tpot_ns(first: int, last: int, tokens: int, first_tokens: int) -> int | None
 
 
 def good_count(records: Records, window: Window, limits: Sequence[Limit], is_open: bool) -> int:
-    """Requests of the window that were good and met every limit. In an open loop times count from the intended send."""
+    """Requests of the window that were good and met every limit. In an open loop times count from the intended send.
+
+    Of an answer in one piece the first output is seen at its end.
+    """
     good = 0
     for scheduled, sent, first, last, chunks, output, k1, outcome in records.columns(
         "scheduled", "sent", "first", "last", "chunks", "output", "first_tokens", "outcome"
@@ -204,7 +207,7 @@ def good_count(records: Records, window: Window, limits: Sequence[Limit], is_ope
         if outcome != OUTCOME["ok"] or not window.holds(scheduled):
             continue
         begun = scheduled if is_open else sent
-        values = {"ttft": first - begun if first >= 0 else None, "e2e": last - begun}
+        values: dict[str, int | None] = {"ttft": (first if first >= 0 else last) - begun, "e2e": last - begun}
         values["tpot"] = tpot_ns(first, last, output if output >= 0 else chunks, k1) if first >= 0 else None
         measured = ((values[limit.metric], limit.below_ms) for limit in limits)
         good += all(value is None or value <= below_ms * MS for value, below_ms in measured)

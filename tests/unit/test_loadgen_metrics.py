@@ -159,6 +159,15 @@ def test_goodput_counts_from_the_intended_time() -> None:
     assert good_count(records, window, [Limit("tpot", 9.9)], is_open=True) == 0
 
 
+def test_the_first_output_of_a_whole_answer_is_its_end() -> None:
+    """Without streaming nothing is seen before the end: a limit of TTFT is not met by having no TTFT."""
+    whole = GOOD | {"first": -1, "first_output": -1, "chunks": 0, "stall": -1}
+    whole = {name: value for name, value in whole.items() if value >= 0}
+    records, window = records_of(row(**whole)), Window(0, 5 * NS)
+    assert good_count(records, window, [Limit("ttft", 89.0)], is_open=False) == 0
+    assert good_count(records, window, [Limit("ttft", 91.0)], is_open=False) == 1
+
+
 def test_throughput_counts_what_comes_in_the_window() -> None:
     """Tokens by their arrival, requests by their end: 150 of 200 tokens and one of two requests in two seconds."""
     records = records_of(row(**GOOD | {"end": 1_500}), row(**GOOD | {"end": 3_500}))
