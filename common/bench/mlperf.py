@@ -36,9 +36,9 @@ RULES = {
 def findings(scenario: str, asked: Asked, records: Records, report: Report, limits: Sequence[Limit]) -> list[Finding]:
     """The rules that a run breaks, one finding each; empty when it keeps all, or is of no scenario."""
     if scenario == "server":
-        broken = [*_server(report), *_complete(records), *_within(records, report, limits)]
+        broken = [*_server(report), *_complete(asked, records), *_within(records, report, limits)]
     elif scenario == "offline":
-        broken = [*_offline(asked, records, report), *_complete(records)]
+        broken = [*_offline(asked, records, report), *_complete(asked, records)]
     else:
         broken = []
     return [Finding(CODE, f"MLPerf {scenario}: {text}") for text in broken]
@@ -71,9 +71,11 @@ def _offline(asked: Asked, records: Records, report: Report) -> list[str]:
     return broken
 
 
-def _complete(records: Records) -> list[str]:
+def _complete(asked: Asked, records: Records) -> list[str]:
     failed = sum(1 for outcome in records.column("outcome") if outcome)
-    missing = failed + records.facts.get("not_sent", 0)
+    # Those of a load node that was lost are in no record: they are missing, too.
+    begun = sum(1 for turn in records.column("turn") if turn == 0)
+    missing = failed + max(len(asked.due_ns) - begun, records.facts.get("not_sent", 0))
     return [f"every request is to be answered, {missing:,} were not"] if missing else []
 
 

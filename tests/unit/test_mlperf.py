@@ -97,3 +97,11 @@ def test_a_closed_loop_with_all_on_their_way_is_at_once(concurrency: int, is_bro
 def test_no_scenario_has_no_rules() -> None:
     """A plain benchmark is not judged by them."""
     assert said("", server(10)) == ""
+
+
+def test_requests_of_a_lost_node_are_missing() -> None:
+    """What no part has a record of was not answered."""
+    asked = server(1400, rate=2.0)
+    outcome = parts_of(asked, 2)[0]
+    found = mlperf.findings("server", asked, outcome.records, report.build(asked, outcome), LIMITS)
+    assert any("700 were not" in finding.said for finding in found)
