@@ -271,24 +271,34 @@ def server_command(recipe: Recipe, port: int) -> list[str]:
             )
 
 
-def _array(name: str, words: Sequence[str]) -> str:
-    return f"{name}=({' '.join(shlex.quote(word) for word in words)})"
+def _array(name: str, words: Sequence[str], *, before: str = "") -> str:
+    return f"{name}=({' '.join([*([before] if before else []), *map(shlex.quote, words)])})"
 
 
-def _environment(recipe: Recipe) -> list[str]:
-    words = []
+ENVIRONMENT = '"${ENVIRONMENT[@]}"'
+"""Goes before a server's command: its variables come from a file of the user's own, since anybody sees arguments."""
+
+
+def _environment(recipe: Recipe) -> str:
+    """Writes the variables' file and says how a command gets them; without any, commands get nothing."""
+    lines = []
     for name, value in recipe.environment.items():
         if not _NAME.fullmatch(name):
             raise ValueError(f"environment: {name!r} is no name of a variable")
-        words.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}")
-    return ["env", *words] if words else []
+        lines.append(f"{name}={shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}")
+    if not lines:
+        return ""
+    return (
+        f"printf '%s\\n' {' '.join(map(shlex.quote, lines))} > \"$OUT/environment\"\n"
+        'ENVIRONMENT=(bash -c \'set -a; . "$0"; set +a; exec "$@"\' "$OUT/environment")'
+    )
 
 
 def _commands(recipe: Recipe, choices: Choices, port: int) -> str:
     """The arrays that the steps are made of."""
     server = server_command(recipe, port)
     own = server[0] == "herder"
-    words = _environment(recipe) + ([] if own else _container(recipe, is_server=True))
+    words = [] if own else _container(recipe, is_server=True)
     executor = [
         "executor",
         "--service",
@@ -305,8 +315,10 @@ def _commands(recipe: Recipe, choices: Choices, port: int) -> str:
     if choices.is_contained and recipe.artifacts.python is None:
         raise ValueError("artifacts.python: is missing: in which image does herder run?")
     herder = _container(recipe, is_server=False) if choices.is_contained else []
+    before = ENVIRONMENT if recipe.environment else ""
     lines = [
-        _array("SERVER", words + ([] if own else server))[:-1]
+        *filter(None, [_environment(recipe)]),
+        _array("SERVER", words + ([] if own else server), before=before)[:-1]
         + (' "$HERDER" ' + shlex.join(server[1:]) if own else "")
         + ")",
         _array("HERDER_RUN", herder)[:-1] + (" " if herder else "") + '"$HERDER")',
@@ -339,7 +351,8 @@ done"""
 def _ray(recipe: Recipe, distributed: dict[str, Any]) -> str:
     """One engine over all server nodes: Ray's head on the first, workers on the others, the engine on the first."""
     manager = RayClusterManager(distributed.get("ray") or {})
-    container = _environment(recipe) + _container(recipe, is_server=True)
+    container = _container(recipe, is_server=True)
+    before = ENVIRONMENT if recipe.environment else ""
     head = [*container, *manager.get_ray_start_command(port=RAY_PORT), "--block"]
     worker = [*container, *manager.get_ray_start_command("@HEAD@"), "--block"]
     probe = [*container, "python3", "-c", COUNT_NODES]
@@ -348,9 +361,9 @@ def _ray(recipe: Recipe, distributed: dict[str, Any]) -> str:
 export RAY_AUTH_MODE="${{RAY_AUTH_MODE:-disabled}}"
 HEAD=${{SERVERS[0]}}
 HEAD_IP=$(getent ahostsv4 "$(address "$HEAD")" | awk 'NR == 1 {{ print $1 }}')
-{_array("RAY_HEAD", head)}
-{_array("RAY_WORKER", worker)}
-{_array("RAY_PROBE", probe)}
+{_array("RAY_HEAD", head, before=before)}
+{_array("RAY_WORKER", worker, before=before)}
+{_array("RAY_PROBE", probe, before=before)}
 step 0 "$HEAD" ray "${{RAY_HEAD[@]}}"
 for node in "${{SERVERS[@]:1}}"; do
   step 0 "$node" ray "${{RAY_WORKER[@]/@HEAD@/$HEAD_IP:{RAY_PORT}}}"

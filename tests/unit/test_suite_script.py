@@ -95,12 +95,31 @@ def test_knobs_of_the_job_stand_in_the_script() -> None:
     )  # fmt: skip
     text = made(document, server_port=9001, client_port=9002)
     for said in ("#SBATCH --reservation=r1", "#SBATCH --nodelist=node[007]", "#SBATCH --time=24:00:00",
-                 "module load A/1", "module load B", "env 'X=a b' apptainer exec --nv --bind", "--max-model-len=2048",
-                 "--gpu-memory-utilization=0.9", "--port=9001", "--port 9002", "apptainer pull",
+                 "module load A/1", "module load B", '"${ENVIRONMENT[@]}" apptainer exec --nv --bind',
+                 "--max-model-len=2048", "--gpu-memory-utilization=0.9", "--port=9001", "--port 9002", "apptainer pull",
                  "--het-group=1 --nodes=1 --ntasks=1 --nodelist=\"${CLIENTS[0]}\""):  # fmt: skip
         assert said in text, said
     assert "--exclusive" not in text
     assert text.count("hetjob") == 1, "the orchestrator shares the first client's node"
+
+
+@pytest.mark.parametrize("word", HOSTILE)
+def test_variables_of_servers_are_no_arguments(word: str, tmp_path: Path) -> None:
+    """A server gets them as they were written, from a file of the user's own: anybody can read a command's words."""
+    document = changed(ROOT / "recipes" / "suite" / "ollama.yaml", environment={"HF_TOKEN": f"hf_{word}", "Y": True})
+    text = made(document)
+    begin = text.index("printf '%s")
+    written = text[begin : text.index("\nSERVER=(")]
+    printed = 'import os; print(os.environ["HF_TOKEN"] + os.environ["Y"], end="")'
+    read = f"""printf '%s|' "${{ENVIRONMENT[@]}}"; "${{ENVIRONMENT[@]}}" python3 -c '{printed}'"""
+    done = subprocess.run(
+        ["bash", "-euc", f"umask 077\n{written}\n{read}"], cwd=tmp_path, timeout=30, check=True,
+        capture_output=True, text=True, env={"PATH": os.environ["PATH"], "OUT": str(tmp_path)},
+    )  # fmt: skip
+    assert done.stdout.endswith(f"|hf_{word}true")
+    assert "hf_" not in done.stdout.rpartition("|")[0], "what is an argument"
+    assert (tmp_path / "environment").stat().st_mode & 0o777 == 0o600
+    assert not (tmp_path / "pwned").exists()
 
 
 @pytest.mark.parametrize("word", HOSTILE)

@@ -93,7 +93,9 @@ if [ ! -e /project/containers/ollama.sif ]; then
   apptainer pull /project/containers/ollama.sif."$SLURM_JOB_ID" docker://ollama/ollama:latest
   mv /project/containers/ollama.sif."$SLURM_JOB_ID" /project/containers/ollama.sif
 fi
-SERVER=(env OLLAMA_NUM_PARALLEL=4 OLLAMA_MODELS=/ollama/models apptainer exec --nv --bind /project/ollama:/ollama:rw /project/containers/ollama.sif env OLLAMA_HOST=0.0.0.0:11434 ollama serve)
+printf '%s\n' OLLAMA_NUM_PARALLEL=4 OLLAMA_MODELS=/ollama/models > "$OUT/environment"
+ENVIRONMENT=(bash -c 'set -a; . "$0"; set +a; exec "$@"' "$OUT/environment")
+SERVER=("${ENVIRONMENT[@]}" apptainer exec --nv --bind /project/ollama:/ollama:rw /project/containers/ollama.sif env OLLAMA_HOST=0.0.0.0:11434 ollama serve)
 HERDER_RUN=("$HERDER")
 EXECUTOR=(executor --service ollama --port 6000 --host 0.0.0.0)
 

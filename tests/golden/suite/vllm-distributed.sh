@@ -90,16 +90,18 @@ if [ ! -e /project/containers/vllm.sif ]; then
   apptainer pull /project/containers/vllm.sif."$SLURM_JOB_ID" docker://vllm/vllm-openai:latest
   mv /project/containers/vllm.sif."$SLURM_JOB_ID" /project/containers/vllm.sif
 fi
-SERVER=(env HF_HOME=/huggingface apptainer exec --nv --bind /project/huggingface:/huggingface:rw /project/containers/vllm.sif python3 -m vllm.entrypoints.openai.api_server --model=facebook/opt-1.3b --host=0.0.0.0 --port=8000 --tensor-parallel-size=4 --distributed-executor-backend=ray --max-model-len=2048 --gpu-memory-utilization=0.7 --enforce-eager)
+printf '%s\n' HF_HOME=/huggingface > "$OUT/environment"
+ENVIRONMENT=(bash -c 'set -a; . "$0"; set +a; exec "$@"' "$OUT/environment")
+SERVER=("${ENVIRONMENT[@]}" apptainer exec --nv --bind /project/huggingface:/huggingface:rw /project/containers/vllm.sif python3 -m vllm.entrypoints.openai.api_server --model=facebook/opt-1.3b --host=0.0.0.0 --port=8000 --tensor-parallel-size=4 --distributed-executor-backend=ray --max-model-len=2048 --gpu-memory-utilization=0.7 --enforce-eager)
 HERDER_RUN=("$HERDER")
 EXECUTOR=(executor --service vllm --port 6000 --host 0.0.0.0)
 
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-disabled}"
 HEAD=${SERVERS[0]}
 HEAD_IP=$(getent ahostsv4 "$(address "$HEAD")" | awk 'NR == 1 { print $1 }')
-RAY_HEAD=(env HF_HOME=/huggingface apptainer exec --nv --bind /project/huggingface:/huggingface:rw /project/containers/vllm.sif ray start --disable-usage-stats --head --port=6379 --object-manager-port=8076 --node-manager-port=8077 --num-cpus=8 --num-gpus=2 --dashboard-port=8265 --block)
-RAY_WORKER=(env HF_HOME=/huggingface apptainer exec --nv --bind /project/huggingface:/huggingface:rw /project/containers/vllm.sif ray start --disable-usage-stats --address=@HEAD@ --object-manager-port=8076 --node-manager-port=8077 --num-cpus=8 --num-gpus=2 --block)
-RAY_PROBE=(env HF_HOME=/huggingface apptainer exec --nv --bind /project/huggingface:/huggingface:rw /project/containers/vllm.sif python3 -c 'import ray, sys; ray.init(address='"'"'auto'"'"', logging_level='"'"'error'"'"'); sys.exit(sum(node['"'"'Alive'"'"'] for node in ray.nodes()) < int(sys.argv[1]))')
+RAY_HEAD=("${ENVIRONMENT[@]}" apptainer exec --nv --bind /project/huggingface:/huggingface:rw /project/containers/vllm.sif ray start --disable-usage-stats --head --port=6379 --object-manager-port=8076 --node-manager-port=8077 --num-cpus=8 --num-gpus=2 --dashboard-port=8265 --block)
+RAY_WORKER=("${ENVIRONMENT[@]}" apptainer exec --nv --bind /project/huggingface:/huggingface:rw /project/containers/vllm.sif ray start --disable-usage-stats --address=@HEAD@ --object-manager-port=8076 --node-manager-port=8077 --num-cpus=8 --num-gpus=2 --block)
+RAY_PROBE=("${ENVIRONMENT[@]}" apptainer exec --nv --bind /project/huggingface:/huggingface:rw /project/containers/vllm.sif python3 -c 'import ray, sys; ray.init(address='"'"'auto'"'"', logging_level='"'"'error'"'"'); sys.exit(sum(node['"'"'Alive'"'"'] for node in ray.nodes()) < int(sys.argv[1]))')
 step 0 "$HEAD" ray "${RAY_HEAD[@]}"
 for node in "${SERVERS[@]:1}"; do
   step 0 "$node" ray "${RAY_WORKER[@]/@HEAD@/$HEAD_IP:6379}"

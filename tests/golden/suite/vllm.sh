@@ -90,7 +90,9 @@ if [ ! -e /project/containers/vllm.sif ]; then
   apptainer pull /project/containers/vllm.sif."$SLURM_JOB_ID" docker://vllm/vllm-openai:latest
   mv /project/containers/vllm.sif."$SLURM_JOB_ID" /project/containers/vllm.sif
 fi
-SERVER=(env HF_HOME=/huggingface apptainer exec --nv --bind /project/huggingface:/huggingface:rw /project/containers/vllm.sif python3 -m vllm.entrypoints.openai.api_server --model=facebook/opt-125m --host=0.0.0.0 --port=8000 --max-model-len=2048 --gpu-memory-utilization=0.9)
+printf '%s\n' HF_HOME=/huggingface > "$OUT/environment"
+ENVIRONMENT=(bash -c 'set -a; . "$0"; set +a; exec "$@"' "$OUT/environment")
+SERVER=("${ENVIRONMENT[@]}" apptainer exec --nv --bind /project/huggingface:/huggingface:rw /project/containers/vllm.sif python3 -m vllm.entrypoints.openai.api_server --model=facebook/opt-125m --host=0.0.0.0 --port=8000 --max-model-len=2048 --gpu-memory-utilization=0.9)
 HERDER_RUN=("$HERDER")
 EXECUTOR=(executor --service vllm --port 6000 --host 0.0.0.0)
 
