@@ -81,6 +81,13 @@ class Orchestrator:
         """The summary, with the figures of all benchmarks together at its top. Raises: SuiteError, Interrupted."""
         recipe, runs = self._read()
         folder = self._folder(recipe)
+        try:
+            return self._run(recipe, runs, folder)
+        except OSError as error:
+            said = f"{error.filename or folder}: {error.strerror or error}"
+            raise SuiteError("E005", said, hint="OUTPUT_DIR names another folder") from None
+
+    def _run(self, recipe: Recipe, runs: list[Benchmark], folder: Path) -> dict[str, Any]:
         endpoints = [_endpoint(node, self.server_port) for node in self.server_nodes]
         started = time.time()
         manager = self._manager(recipe)

@@ -30,8 +30,12 @@ def write_json(path: Path, value: Any) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(value, indent=2, default=str) + "\n")
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps(value, indent=2, default=str) + "\n")
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def write_csv(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:

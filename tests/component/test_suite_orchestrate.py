@@ -248,6 +248,17 @@ def test_a_client_that_is_busy_is_e004_and_the_others_are_stopped(
     assert two[1].call("GET", "/status")[1]["running"] is True
 
 
+def test_results_that_cannot_be_written_are_e005(vllm: Stub, two: list[ExecutorProcess], tmp_path: Path) -> None:
+    """A full disk is told with the folder, nothing half is left, and nobody goes on sending."""
+    recipe(tmp_path, benchmark_suite=[{"name": "one"}, {"name": "two"}])
+    taken = tmp_path / "out" / "results" / "one.metrics.json" / "x"
+    taken.mkdir(parents=True)
+    done = orchestrate(tmp_path, [vllm], two)
+    assert (done.returncode, "E005" in done.stderr, str(tmp_path / "out") in done.stderr) == (1, True, True)
+    assert [path.name for path in taken.parent.parent.iterdir()] == ["one.metrics.json"]
+    assert not any(client.call("GET", "/status")[1]["running"] for client in two)
+
+
 def test_a_dead_client_degrades_the_run_and_does_not_hang(
     vllm: Stub, two: list[ExecutorProcess], tmp_path: Path
 ) -> None:
