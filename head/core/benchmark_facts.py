@@ -69,7 +69,8 @@ def note_of(state: State, benchmark: Benchmark) -> str:
     point = current_point(state, benchmark.id) if benchmark.state == "running" else None
     if point is None:
         return benchmark.note
-    words = f"point {point.number + 1} of {max(benchmark.planned, point.number + 1)} is {point.state}"
+    done = points_done(state, benchmark.id)
+    words = f"point {point.number} is {point.state}, {done} of {max(benchmark.planned, done)} points are done"
     return f"{words}: {point.note}" if point.note else words
 
 

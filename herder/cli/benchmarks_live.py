@@ -152,8 +152,7 @@ class Live:
         took = views.span(benchmark.started_ms, benchmark.ended_ms, now_ms)
         lines = [
             f"{benchmark.name}  {benchmark.id}  {benchmark.status} {took if benchmark.started_ms else ''}".rstrip(),
-            f"point {min(benchmark.points_done + 1, benchmark.points_planned)} of {benchmark.points_planned}"
-            + _current(benchmark),
+            f"{benchmark.points_done} of {text.plural(benchmark.points_planned, 'point')} done" + _current(benchmark),
         ]
         is_running = self._tick is not None and any(
             point.number == self._tick.point and point.status == "running" for point in benchmark.points
@@ -188,7 +187,7 @@ def _current(benchmark: types.BenchmarkView) -> str:
         if point.status not in (*view.ENDED, "pending"):
             load = view.changes(point.changes)
             again = f" #{point.repetition + 1}" if point.repetition else ""
-            return f": {load or 'the load as asked'}{again}, {point.status}"
+            return f"; point {point.number}: {load or 'the load as asked'}{again}, {point.status}"
     return ""
 
 

@@ -210,7 +210,7 @@ class TestLive:
         shown.take_tick(tick(1, 2.0))
         lines = shown._lines()
         assert lines[0].startswith(f"chat-sweep  {BENCHMARK}  running")
-        assert lines[1].startswith("point 2 of 2: rate=2, scenarios=xxx")
+        assert lines[1].startswith("1 of 2 points done; point 1: rate=2, scenarios=xxx")
         assert lines[2] == "2.0s on 2 nodes, sent 20, done 18, failed 0, in flight 12"
         assert lines[3] == "9.00 requests/s, 800 tokens/s, TTFT p50 24.6ms, p99 101ms"
         assert lines[4].split()[:3] == ["POINT", "LOAD", "VERDICT"]
