@@ -331,7 +331,7 @@ class Runs:
         )
 
     def _sweep(self, live: Live) -> tuple[list[int], Status | None, tuple[str, ...]]:
-        left = procs.kill_all(0, self._files.mark(live.run), within_s=KILL_S)
+        left = procs.kill_all(_session_of(live), self._files.mark(live.run), within_s=KILL_S)
         directory = self._files.of(live.run)
         directory.tidy()
         return left, directory.status(), directory.last_lines()
@@ -363,15 +363,16 @@ class Runs:
         if procs.is_running(live.pid, live.ticks):
             os.kill(live.pid, signal.SIGTERM)
 
-    async def _kill(self, run: str) -> list[int]:
-        return await asyncio.to_thread(procs.kill_all, 0, self._files.mark(run), within_s=KILL_S)
+    async def _kill(self, run: str, live: Live | None = None) -> list[int]:
+        session = _session_of(live or self.live.get(run))
+        return await asyncio.to_thread(procs.kill_all, session, self._files.mark(run), within_s=KILL_S)
 
     async def _forget(self, run: str) -> None:
         live = self.live.pop(run, None)
         self.totals.in_flight.pop(run, None)
         if live is not None:
             self._unwatch(live)
-        left = await self._kill(run)
+        left = await self._kill(run, live)
         if live is not None and live.is_child:
             _reap(live.pid)
         if not left:
@@ -399,6 +400,17 @@ class Runs:
             error = RunFailed(f"what was measured cannot be read: {failure.strerror}").info()
         self._uploads.pop(effect.run, None)
         self._post(ev.RunUploaded(effect.run, effect.generation, tuple(sent), error))
+
+
+def _session_of(live: Live | None) -> int:
+    """The session of a run's processes; 0 when its number may be another's by now.
+
+    The mark alone misses a process that was just made: to Linux its environment is empty until exec has ended, while
+    whoever made it goes on already.
+    """
+    process = procs.read_process(live.pid) if live is not None else None
+    is_same = live is not None and process is not None and process.start_ticks == live.ticks
+    return process.session if process is not None and is_same else 0
 
 
 def _environment(mark: str) -> dict[str, str]:

@@ -195,6 +195,21 @@ async def test_forget_while_it_is_prepared(tmp_path: Path, door: Door) -> None:
         assert not agent.directory().path.exists()
 
 
+async def test_forget_of_a_process_that_shows_no_environment_yet(
+    tmp_path: Path, door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process is ended with its run before Linux shows its environment, and so the mark that it carries."""
+    async with rig(tmp_path, door) as agent:
+        await agent.armed(spec={"duration": 60.0})
+        task = agent.state.runs[RUN]
+        with monkeypatch.context() as patched:
+            patched.setattr(procs, "_environment", lambda pid: [])
+            agent.command(wire.EndRun(RUN, "forget"))
+            assert (await agent.result(f"end:{RUN}")).outcome == "ok"
+        assert not procs.is_running(task.pid, task.start_ticks)
+        assert agent.members() == []
+
+
 async def test_finish_keeps_what_was_measured(tmp_path: Path, door: Door) -> None:
     """`finish` ends the sending; the result says that it was cut short and holds every answered request."""
     async with rig(tmp_path, door) as agent:
