@@ -54,7 +54,7 @@ class _MooncakeRow(msgspec.Struct):
 def read(path: Path, *, limit: int | None = None) -> Trace:
     """The trace of a file, at most `limit` rows. Raises: ValueError with the line that is wrong; OSError."""
     most = min(limit, MAX_ROWS) if limit is not None else MAX_ROWS
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         first = file.readline(MAX_LINE)
         file.seek(0)
         kind = _format_of(first, path)

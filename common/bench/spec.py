@@ -154,6 +154,7 @@ def check(spec: LoadSpec) -> None:
         raise ValueError("say how long: duration or requests")
     if spec.arrivals == "trace" and not spec.trace:
         raise ValueError("arrivals trace needs a trace file")
+    _check_pace(spec, is_trace)
     if spec.is_open and (spec.think or spec.stagger):
         raise ValueError("think and stagger belong to the closed loop (concurrency)")
     if not spec.is_open and spec.in_flight is not None:
@@ -199,6 +200,22 @@ def check(spec: LoadSpec) -> None:
     limits_of(spec)
     if spec.is_open and spec.trace is None:
         schedule_of(spec)
+
+
+def _check_pace(spec: LoadSpec, is_trace: bool) -> None:
+    """What would say nothing about the arrivals that were asked for is refused, not passed over."""
+    if is_trace:
+        names = ("rate", "peak", "steps", "burstiness")
+        if named := next((name for name in names if getattr(spec, name)), None):
+            raise ValueError(f"{named} has no meaning for a trace, which has its own arrivals; speed plays it faster")
+    elif spec.speed != 1.0:
+        raise ValueError("speed is for a trace")
+    if spec.steps and spec.rate is not None:
+        raise ValueError("steps have their own rates; leave rate out")
+    if spec.arrivals != "sine" and spec.period is not None:
+        raise ValueError("period is for arrivals sine")
+    if spec.arrivals != "spike" and (spec.peak_at is not None or spec.peak_for is not None):
+        raise ValueError("peak_at and peak_for are for arrivals spike")
 
 
 def _check_vectors(spec: LoadSpec) -> None:

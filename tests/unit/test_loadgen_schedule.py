@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.bench import schedule
 from common.bench.schedule import EVEN, NS, Flat, Profile, Ramp, Sine, Steps, draw, from_times, spike
+from common.bench.spec import LoadSpec, check
 
 PROFILES: list[Profile] = [
     Flat(7.0),
@@ -138,3 +140,20 @@ def test_bursts_come_together() -> None:
 def test_offline_is_all_at_once() -> None:
     """Nothing is left to a schedule."""
     assert list(schedule.all_at_once(5).times_ns) == [0] * 5
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"trace": "t.jsonl", "rate": 5.0}, "rate has no meaning for a trace"),
+        ({"trace": "t.jsonl", "burstiness": 0.5}, "burstiness has no meaning for a trace"),
+        ({"rate": 5.0, "speed": 2.0, "duration": 1.0}, "speed is for a trace"),
+        ({"rate": 5.0, "steps": ("5x1s",), "duration": 1.0}, "steps have their own rates"),
+        ({"rate": 5.0, "period": 2.0, "duration": 1.0}, "period is for arrivals sine"),
+        ({"rate": 5.0, "peak_at": 2.0, "duration": 1.0}, "arrivals spike"),
+    ],
+)
+def test_what_says_nothing_about_the_arrivals_is_refused(fields: dict[str, Any], said: str) -> None:
+    """Nothing that was asked for is passed over in silence."""
+    with pytest.raises(ValueError, match=said):
+        check(LoadSpec(model="m", **fields))
