@@ -2,7 +2,8 @@
 
 finish goes step by step, each decided by what is there: monitors end and send their files; the shell collects logs and
 writes the report; then the service that was made for it is stopped, and agents forget its runs. Engines run until the
-report is written, because their logs belong to it. cancel leaves out what takes time.
+report is written, because their logs belong to it. cancel stops everything first, and then has written what was
+measured until then, if anything was.
 """
 
 from __future__ import annotations
@@ -34,20 +35,30 @@ def finish(turn: Turn, benchmark: Benchmark, recipe: BenchmarkRecipe) -> None:
 
 
 def cancel(turn: Turn, benchmark: Benchmark, recipe: BenchmarkRecipe) -> None:
-    """Everything of it stops everywhere; then it is cancelled."""
-    for point in points_of(turn.state, benchmark.id):
+    """Everything of it stops everywhere; points that were measured get their report; then it is cancelled."""
+    points = points_of(turn.state, benchmark.id)
+    for point in points:
         if point.state not in POINT_ENDED:
             benchmark_points.cancel(turn, point)
-    if _is_cleared(turn, benchmark, recipe):
+    if not _is_cleared(turn, benchmark, recipe):
+        return
+    if not benchmark.is_written and any(point.state == "completed" for point in points):
+        _write(turn, benchmark)
+    else:
         said = Cancelled("the benchmark was cancelled").info()
         _end(turn, replace(benchmark, error=benchmark.error or said), "cancelled")
 
 
 def written(turn: Turn, benchmark: Benchmark, error: ErrorInfo | None) -> None:
-    """The shell has written the whole, or could not: then that is the benchmark's error, if it has no other."""
-    if benchmark.state == "finishing" and not benchmark.is_written and not benchmark.is_cancelling:
+    """The shell has written the whole, or could not: then that is the benchmark's error, if it has no other.
+
+    One that is being cancelled ends as cancelled whether its report could be written or not.
+    """
+    if benchmark.state == "finishing" and not benchmark.is_written:
         turn.state.judging_ms.pop(benchmark.id, None)
-        kept = replace(benchmark, is_written=True, error=benchmark.error or error, since_ms=turn.now_ms)
+        kept = replace(benchmark, is_written=True, since_ms=turn.now_ms)
+        if not benchmark.is_cancelling:
+            kept = replace(kept, error=benchmark.error or error)
         turn.put(kept, "benchmark_written" if error is None else "benchmark_not_written")
 
 
@@ -76,7 +87,7 @@ def _monitors_end(turn: Turn, benchmark: Benchmark) -> bool:
 def _write(turn: Turn, benchmark: Benchmark) -> None:
     """Has the whole written, once in this process, and again when there is no answer."""
     state = turn.state
-    if not benchmark.monitor_parts and benchmark.monitors:
+    if not benchmark.monitor_parts and _monitors(turn, benchmark):  # those of a cancelled one were forgotten
         parts = tuple(benchmark_runs.part_of(run) for run in _monitors(turn, benchmark))
         benchmark = replace(benchmark, monitor_parts=parts, since_ms=turn.now_ms, note="the report is written")
         turn.put(benchmark, "benchmark_watched")

@@ -8,7 +8,7 @@ import pytest
 
 from common import limits, wire
 from common.bench.recipe import convert
-from common.errors import EngineFailed, Internal
+from common.errors import EngineFailed, ErrorInfo, Internal
 from head.auth import authenticate
 from head.core.effects import RemoveBenchmark, Reply, WriteBenchmark
 from tests.doubles.head_benchmarks import LOAD, URLS, BenchWorld, finished, loads
@@ -189,8 +189,27 @@ class TestEnd:
         assert world.benchmark(key).state == "finishing"
         world.judge(key)
         world.forget_all()
+        if stage == "finishing":
+            world.write(key)
         assert (world.benchmark(key).state, world.point(key).state) == ("cancelled", expected)
         assert not world.state.runs
+
+    @pytest.mark.parametrize("error", [None, Internal("disk").info()])
+    def test_what_was_measured_before_a_cancel_is_written(self, error: ErrorInfo | None) -> None:
+        """Once everything has stopped; it is cancelled even where the report could not be written."""
+        world = BenchWorld("n1")
+        key = world.measure(sweep={"rate": [1, 2]}, monitor={"enabled": True})
+        world.perform(key)
+        world.cancel_benchmark(key)
+        assert world.count(WriteBenchmark) == 0
+        world.forget_all()
+        world.pass_s(3, alive=("n1",))
+        assert (world.benchmark(key).state, world.count(WriteBenchmark)) == ("finishing", 1)
+        world.write(key, error)
+        assert (world.benchmark(key).state, world.point_states(key)) == ("cancelled", ["completed", "cancelled"])
+        said = world.benchmark(key).error
+        assert said is not None
+        assert said.code == "cancelled"
 
     def test_cancel_does_not_wait_for_a_node_that_is_away(self) -> None:
         """Its run is told to go when it comes back."""
