@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ ALTERNATIVES = {"server": ("service", "serve", "urls"), "load": ("rate", "concur
 WHOLE = frozenset({"sweep", "search", "slo"})
 """Changed as a whole or by one of their own fields, never mixed with what was there."""
 MAX_BYTES = 1_048_576
+MAX_DEPTH = 20
 
 
 def is_file(text: str) -> bool:
@@ -40,7 +42,21 @@ def read(text: str) -> dict[str, Any]:
         raise HerderError("invalid_recipe", f"{text}: not YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(found, dict):
         raise HerderError("invalid_recipe", f"{text}: a recipe is a mapping with name, server and load")
+    if (place := _endless(found)) is not None:  # JSON would carry it as nothing, and the head answer of something else
+        raise HerderError("invalid_recipe", f"{text}: {place}: numbers are finite")
     return found
+
+
+def _endless(value: Any, place: str = "", depth: int = 0) -> str | None:
+    """Where a number is that is infinite or none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return place
+    if depth < MAX_DEPTH and isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else ((str(at), one) for at, one in enumerate(value))
+        for name, one in items:
+            if (found := _endless(one, f"{place}.{name}" if place else str(name), depth + 1)) is not None:
+                return found
+    return None
 
 
 def overrides(

@@ -97,7 +97,12 @@ class TestRun:
 
     @pytest.mark.parametrize(
         ("content", "code", "said"),
-        [("[1]", 1, "a recipe is a mapping"), ("a: [", 1, "not YAML"), (None, 2, "No such file")],
+        [
+            ("[1]", 1, "a recipe is a mapping"),
+            ("a: [", 1, "not YAML"),
+            ("load: {steps: [1, .nan]}", 1, "load.steps.1: numbers are finite"),
+            (None, 2, "No such file"),
+        ],
     )
     def test_files_that_are_no_recipes(
         self, head: BenchmarkHead, tmp_path: Path, content: str | None, code: int, said: str,
