@@ -17,7 +17,7 @@ from urllib.parse import urlsplit, urlunsplit
 import msgspec
 
 from agent.monitor.schedule import Schedule
-from agent.monitor.web import WebError, ask
+from agent.monitor.web import WebError, ask, checked_url
 from common.clock import boottime_ns
 
 EVERY_MIN_S = 1.0
@@ -115,11 +115,7 @@ class EngineSample(msgspec.Struct):
 
 def page_of(url: str) -> str:
     """The metrics page of an engine that is known by its base URL, with or without /v1. Raises: ValueError."""
-    if "://" not in url:
-        url = f"http://{url}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url} is no http URL")
+    parts = urlsplit(checked_url(url))
     path = parts.path.rstrip("/")
     if not path.endswith("/metrics"):
         path = path.removesuffix("/v1") + "/metrics"
@@ -243,8 +239,12 @@ class EngineWatch:
 def watches(
     targets: Sequence[Target], take: Callable[[EngineSample], None], *, interval_s: float
 ) -> tuple[EngineWatch, ...]:
-    """One watch per engine. Raises: ValueError for too many, or a URL that is none."""
+    """One watch per engine. Raises: ValueError for too many, two of a name, or a URL that is none."""
     if len(targets) > ENGINES_MAX:
         raise ValueError(f"at most {ENGINES_MAX} engines can be watched")
+    names = [target.replica or target.url for target in targets]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two engines are called {twice[0]}: nobody could tell their values apart")
     start_s = time.monotonic()
     return tuple(EngineWatch(target, take, interval_s=interval_s, start_s=start_s) for target in targets)

@@ -59,6 +59,10 @@ class Settings(msgspec.Struct, frozen=True):
     stop_after_s: float = 0.0
 
 
+def _files(settings: Settings) -> list[str]:
+    return [file for file in (*settings.outputs, settings.process_output, settings.engine_output) if file]
+
+
 class Stop:
     """A flag that a signal handler may raise and a loop can wait for: no lock, so no deadlock in a handler."""
 
@@ -97,6 +101,10 @@ class Monitor:
         unknown = set(settings.groups) - set(GROUPS)
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: not one of {', '.join(GROUPS)}")
+        files = [os.path.abspath(file) for file in _files(settings)]
+        twice = sorted({file for file in files if files.count(file) > 1})
+        if twice:
+            raise ValueError(f"{os.path.basename(twice[0])}: two outputs cannot be one file")
         self.settings = settings
         self.samples = 0
         self.loop_s = 0.0

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import base64
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-from agent.monitor.web import WebError, ask
+from agent.monitor.web import WebError, ask, checked_url
 
 log = logging.getLogger(__name__)
 TIMEOUT_S = 5.0
 DELETE_TRIES = 3
 DELETE_END_S = 10.0
 DELETE_PAUSE_S = 0.5
+_LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 
 
 def group_url(url: str, labels: Mapping[str, str]) -> str:
@@ -28,15 +30,15 @@ def group_url(url: str, labels: Mapping[str, str]) -> str:
 
     Source: the Pushgateway's README: values with a slash, and empty ones, go in base64 ("=" for an empty one).
     """
-    if "://" not in url:
-        url = f"http://{url}"
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"{url} is no http URL")
+    url = checked_url(url)
     path = ["/metrics"]
     for name in sorted(labels, key=lambda name: name != "job"):  # the job comes first
         value = labels[name]
-        if not value or "/" in value:
+        if not _LABEL.fullmatch(name) or name.startswith("__"):
+            raise ValueError(f"{name!r} is no name of a label: letters, digits and _, with no digit at its begin")
+        if name == "job" and not value:
+            raise ValueError("the label job cannot be empty")
+        if not value or "/" in value or value in (".", ".."):  # dots would be taken for steps of the path
             encoded = base64.urlsafe_b64encode(value.encode()).decode().rstrip("=") or "="
             path.append(f"{name}@base64/{encoded}")
         else:

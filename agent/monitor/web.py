@@ -36,11 +36,10 @@ def ask(
 ) -> tuple[int, bytes]:
     """Status and body. Raises: WebError."""
     deadline_s = time.monotonic() + timeout_s
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise WebError(f"{url} is no http URL")
     try:
+        parts = urlsplit(checked_url(url))
+        assert parts.hostname is not None
+        port = parts.port or (443 if parts.scheme == "https" else 80)
         with outbound.connect((parts.hostname, port), timeout_s) as plain:
             connection = plain
             if parts.scheme == "https":
@@ -56,6 +55,20 @@ def ask(
         raise WebError(refusal.message) from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise WebError(str(error) or type(error).__name__) from None
+
+
+def checked_url(url: str) -> str:
+    """The URL, with http:// where it has no scheme. Raises: ValueError when nobody can be asked there."""
+    if "://" not in url:
+        url = f"http://{url}"
+    parts = urlsplit(url)
+    try:
+        is_port = parts.port is None or parts.port > 0
+    except ValueError:  # not a number, or beyond 65535
+        is_port = False
+    if parts.scheme not in ("http", "https") or not parts.hostname or not is_port:
+        raise ValueError(f"{url} is no http URL")
+    return url
 
 
 def _left_s(deadline_s: float) -> float:

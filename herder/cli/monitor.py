@@ -99,6 +99,9 @@ def _settings(options: Globals, given: dict[str, Any]) -> Settings:
     if options.output == "yaml":
         raise ValueError("samples are printed as CSV or, with -o json, as JSON lines")
     saves = tuple(given["save"])
+    printed = [name for name in (*saves, given["process_save"], given["engine_save"]) if name == "-"]
+    if printed and options.output == "json":
+        raise ValueError("-o json prints JSON lines where - would print CSV: leave one of them out")
     has_door = given["listen"] or given["pushgateway"] or given["engine_save"] or given["process_save"]
     if not saves and not has_door and options.output == "table" and not sys.stdout.isatty():
         saves = ("-",)

@@ -137,11 +137,12 @@ def test_throttle_bits_have_names() -> None:
         ({"instance": "n1", "job": "j"}, "/metrics/job/j/instance/n1"),
         ({"job": "a/b"}, "/metrics/job@base64/YS9i"),
         ({"job": "j", "slurm_job_id": ""}, "/metrics/job/j/slurm_job_id@base64/="),
+        ({"job": "j", "instance": ".."}, "/metrics/job/j/instance@base64/Li4"),
         ({"job": "spä ce?"}, "/metrics/job/sp%C3%A4%20ce%3F"),
     ],
 )
 def test_group_addresses_follow_the_gateways_rules(labels: dict[str, str], path: str) -> None:
-    """The job first; slashes and empty values in base64; the rest escaped."""
+    """The job first; slashes, dots alone and empty values in base64; the rest escaped."""
     assert group_url("http://g:9091/", labels) == f"http://g:9091{path}"
 
 
