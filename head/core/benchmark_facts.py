@@ -70,8 +70,8 @@ def note_of(state: State, benchmark: Benchmark) -> str:
     if point is None:
         return benchmark.note
     done = points_done(state, benchmark.id)
-    words = f"point {point.number} is {point.state}, {done} of {max(benchmark.planned, done)} points are done"
-    return f"{words}: {point.note}" if point.note else words
+    words = f"point {point.number} is {point.state}" + (f": {point.note}" if point.note else "")
+    return f"{words}; {done} of {max(benchmark.planned, done)} points are done"
 
 
 def is_active(run: Run) -> bool:

@@ -392,5 +392,6 @@ def test_why_says_what_it_waits_for() -> None:
     world.close("n2")
     said = world.ask_why("benchmark", key)
     assert (said.kind, said.state) == ("benchmark", "running")
-    assert "point 0 is running, 0 of 1 points are done" in said.reason
+    assert "point 0 is running: " in said.reason
+    assert "; 0 of 1 points are done" in said.reason
     assert "on n2, which is suspect" in said.reason
