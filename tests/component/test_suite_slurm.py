@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,10 @@ def test_a_server_that_dies_ends_the_job(slurm: dict[str, str], tmp_path: Path) 
         tmp_path, slurm, ports=(port(), port()), servers={"service_config": {"command": ["sh", "-c", "exit 3"]}}
     )
     assert ended(slurm, job["job_id"]) == "FAILED"
+    shown = subprocess.run(["scontrol", "show", "job", job["job_id"]], env=slurm, capture_output=True, text=True,
+                           timeout=20, check=True).stdout  # fmt: skip
+    begun, over = (datetime.fromisoformat(re.findall(f"{name}=(\\S+)", shown)[0]) for name in ("StartTime", "EndTime"))
+    assert (over - begun).total_seconds() < 14, "steps that were just being launched are ended, too, not waited for"
     errors = next(tmp_path.glob("*.err")).read_text()
     assert "a step ended before the orchestrator" in errors
     until(lambda: not left_of(tmp_path))

@@ -134,7 +134,7 @@ def test_nothing_of_a_recipe_reaches_a_shell(word: str, tmp_path: Path) -> None:
     text = made(document, herder=word, plugins=(word,), file_roots=(word,), pushgateway_node=word)
     body = text[text.index("\nmodule load") :]
     names = ("srun", "apptainer", "scancel", "mv", "module", "ln")
-    fakes = "\n".join(f'{name}() {{ printf "%s\\n" "{name}" "$@" >> "$LOG"; }}' for name in names)
+    fakes = "\n".join(f'{name}() {{ printf "%s\\n" "{name}" "$@" >> "$LOG.$BASHPID"; }}' for name in names)
     fakes += '\nscontrol() { echo "$3"; }\ngetent() { :; }\n'
     log = tmp_path / "log"
     subprocess.run(
@@ -143,7 +143,7 @@ def test_nothing_of_a_recipe_reaches_a_shell(word: str, tmp_path: Path) -> None:
                                   "SLURM_JOB_NODELIST_HET_GROUP_0": "n1", "SLURM_JOB_NODELIST_HET_GROUP_1": "n2"},
     )  # fmt: skip
     assert not list(tmp_path.rglob("pwned"))
-    said = log.read_text()
+    said = "".join(one.read_text() for one in tmp_path.glob("log.*"))  # a file each: steps write at the same time
     assert f"module\nload\n{word}\n" in said
     assert f"\n--bind\n{word}:/b\n" in said, "the server's step was reached"
     assert f"\n--plugin\n{word}\n" in said, "the orchestrator's step was reached"

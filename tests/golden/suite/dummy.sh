@@ -47,14 +47,22 @@ living() {
   for step in "${STEPS[@]}"; do if kill -0 "$step" 2>/dev/null; then return 0; fi; done
   return 1
 }
-ends() {
-  local code=$? began=$SECONDS job
-  trap - EXIT INT TERM
-  # srun would kill at once; a signal through Slurm lets monitors and executors end with their files complete.
+end_steps() {
+  local job
   for job in "${SLURM_JOB_ID_HET_GROUP_0:-}" "${SLURM_JOB_ID_HET_GROUP_1:-}" "${SLURM_JOB_ID_HET_GROUP_2:-}"; do
     if [ -n "$job" ]; then scancel --quiet --signal=TERM "$job" 2>/dev/null || true; fi
   done
-  while living && [ $((SECONDS - began)) -lt 15 ]; do sleep 0.2; done
+}
+ends() {
+  local code=$? began=$SECONDS is_early=$((SECONDS < 10)) told
+  trap - EXIT INT TERM
+  # srun would kill at once; a signal through Slurm lets monitors and executors end with their files complete.
+  end_steps
+  # Steps that are just being launched do not get it: where the job has hardly begun, it is sent every second.
+  while living && [ $((SECONDS - began)) -lt 15 ]; do
+    told=$SECONDS; sleep 0.2
+    if [ "$is_early" = 1 ] && [ "$SECONDS" -gt "$told" ]; then end_steps; fi
+  done
   for step in "${STEPS[@]}"; do kill -TERM "$step" 2>/dev/null || true; done
   for step in "${STEPS[@]}"; do wait "$step" 2>/dev/null || true; done
   exit "$code"
