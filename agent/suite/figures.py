@@ -165,9 +165,13 @@ def prometheus(service: str, figures: Figures, *, running: bool, elapsed_s: floa
         full = f"{service}_{name}"
         lines += [f"# HELP {full} {said}", f"# TYPE {full} {kind}", f"{full}{{{label}}} {_number(value)}"]
     full = f"{service}_request_latency_quantile_seconds"
-    lines += [f"# HELP {full} Request latency by quantile, from a histogram", f"# TYPE {full} gauge"]
+    lines += [f"# HELP {full} Request latency by quantile, from a histogram", f"# TYPE {full} summary"]
     for name, share in SHARES.items():
         lines.append(f'{full}{{{label},quantile="{share:g}"}} {_number(latency[name])}')
+    lines += [
+        f"{full}_sum{{{label}}} {_number(figures.latency.sum / NS)}",
+        f"{full}_count{{{label}}} {figures.latency.count}",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import random
 import re
+import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,18 @@ def test_prometheus_text_bears_any_host() -> None:
     assert 'ollama_requests_total{host="a\\"b\\\\c\\n"} 2\n' in text
     assert "ollama_workload_running" in text
     assert re.search(r"^ollama_throughput_rps\{.*\} 0\.5$", text, re.M)
+    assert re.search(r"^ollama_request_latency_quantile_seconds_sum\{.*\} 1$", text, re.M)
+    assert re.search(r"^ollama_request_latency_quantile_seconds_count\{.*\} 1$", text, re.M)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool")
+def test_promtool_has_nothing_to_say() -> None:
+    """Prometheus' own check of what it scrapes finds no mistake and no bad habit."""
+    text = figures.prometheus("ollama", measured([NS], 1), running=True, elapsed_s=2.5, host="h")
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_prometheus_text_bears_any_service() -> None:
