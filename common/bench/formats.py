@@ -88,6 +88,7 @@ def to_vllm(report: Report, records: Records) -> dict[str, Any]:
     made["input_lens"] = [there if there >= 0 else here for _, _, _, here, there, _, _ in rows]
     made["output_lens"] = [max(output, 0) for *_, output, _ in rows]
     made["ttfts"] = [(first - sent) / (1000 * MS) if first >= 0 else 0.0 for sent, first, *_ in rows]
+    made["latencies"] = [(last - sent) / (1000 * MS) if outcome == 0 else 0.0 for sent, _, last, *_, outcome in rows]
     made["start_times"] = [sent / (1000 * MS) for sent, *_ in rows]
     made["errors"] = ["" if outcome == 0 else OUTCOMES[outcome] for *_, outcome in rows]
     return made

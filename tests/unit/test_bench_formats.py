@@ -21,7 +21,7 @@ def test_vllm_has_the_requests_of_the_window() -> None:
     value = formats.to_vllm(made, records)
     assert value["num_prompts"] == made.counts["in_window"] == value["completed"] + value["failed"]
     assert made.counts["in_window"] < made.counts["sent"]
-    for name in ("input_lens", "output_lens", "ttfts", "start_times", "errors"):
+    for name in ("input_lens", "output_lens", "ttfts", "latencies", "start_times", "errors"):
         assert len(value[name]) == value["num_prompts"], name
     good = [tokens for tokens, error in zip(value["output_lens"], value["errors"], strict=True) if not error]
     assert value["total_output_tokens"] == sum(good) > 0
