@@ -370,7 +370,7 @@ def _refuse_unforced(turn: Turn, copy: Copy) -> None:
 def _registered(state: State, model: str) -> Model:
     registered = state.models.get(model)
     if registered is None:
-        raise ModelNotFound(f"no model {model[:200]!r}", hint="register it first: `herder models register`")
+        raise ModelNotFound(f"no model {model[:200]!r}", hint="register it first: `herder models add`")
     if registered.is_deleting:
         raise Conflict(f"{model} is being deleted", hint="wait until it is gone, then register it again")
     return registered

@@ -107,7 +107,7 @@ def _existing(state: State, name: str, may_change: bool) -> Service | None:
 def _model(state: State, name: str) -> Model:
     model = state.models.get(name)
     if model is None:
-        raise ModelNotFound(f"no model {name[:200]!r}", hint="register it first: `herder models register`", model=name)
+        raise ModelNotFound(f"no model {name[:200]!r}", hint="register it first: `herder models add`", model=name)
     if model.is_deleting:
         raise Conflict(f"{name} is being deleted", hint="wait until it is gone, then register it again", model=name)
     return model

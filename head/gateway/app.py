@@ -221,7 +221,7 @@ class Gateway:
             if not candidates or len(tried) >= TRIES:
                 raise UpstreamFailed(
                     f"{len(tried)} replicas of {name[:200]!r} were tried and none accepts requests",
-                    hint="`herder replicas` shows them",
+                    hint="`herder services` shows them",
                 )
             route = self._policy.choose(candidates, self._loads)
             if not wants_probe:
