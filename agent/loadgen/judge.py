@@ -128,6 +128,8 @@ def _verdict(engine: Engine, call: Call, status: int, came: bool) -> tuple[str, 
     said = call.answer.error or ""
     if status == 429:
         return "http_429", said
+    if 300 <= status < 400:
+        return "http_other", f"{status} {said}".strip() + ": redirects are not followed, ask where it leads"
     if not 200 <= status < 300:
         return {4: "http_4xx", 5: "http_5xx"}.get(status // 100, "http_other"), f"{status} {said}".strip()
     if call.answer.error is not None:

@@ -106,6 +106,13 @@ def test_a_compressed_answer_is_told(kind: bytes) -> None:
     assert asked([GZIP % kind], "http")[0]["outcome"] == "ok"
 
 
+def test_a_redirect_is_told() -> None:
+    """It is not followed, as its time would be in every figure; the message says what to do."""
+    row, records = asked([b"HTTP/1.1 307 Temporary Redirect\r\nLocation: /v2\r\nContent-Length: 0\r\n\r\n"])
+    assert (row["outcome"], row["status"]) == ("http_other", 307)
+    assert records.errors["http_other"] == ["307: redirects are not followed, ask where it leads"]
+
+
 def test_the_address_that_listens_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name with several addresses, as localhost often is, goes to the one where the server is."""
     with serving(lambda number: []) as server, socket.socket() as deaf:
