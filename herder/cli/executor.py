@@ -43,7 +43,7 @@ def command(
     """Wait for a workload and send it: /health /start /status /metrics /metrics/prometheus /stop.
 
     Everything but /health asks for the token of a file, which is made when it is missing. The folder in which it is
-    started is where datasets are looked for, unless --file-root names others.
+    started is where datasets are looked for, unless --file-root names others; with --no-auth only those named are.
     """
     from agent.suite.errors import SuiteError
     from agent.suite.executor import serve
@@ -57,7 +57,7 @@ def command(
         raise click.UsageError(str(error)) from None
     if server_token_file:
         headers = (*headers, f"Authorization: Bearer {read_token_file(Path(server_token_file))}")
-    folders = [Path(root).resolve() for root in roots] or [Path.cwd()]
+    folders = [Path(root).resolve() for root in roots] or ([] if no_auth else [Path.cwd()])
     serve(
         executor,
         host=host,

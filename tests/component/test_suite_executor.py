@@ -140,6 +140,15 @@ def test_no_auth_is_said_on_purpose(tmp_path: Path) -> None:
         assert made.call("GET", "/metrics", token="")[0] == 200
 
 
+def test_without_a_token_no_file_is_read_that_nobody_named(tmp_path: Path) -> None:
+    """Whoever reaches the port could have files sent to a server of their own."""
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a secret"}\n')
+    body = {"server_url": "http://127.0.0.1:9", "model": "m", "duration": 1, "dataset": "own.jsonl"}
+    with executor(tmp_path, arguments=("--no-auth",)) as made:
+        status, said = made.call("POST", "/start", body)
+    assert (status, "--file-root" in said["error"]) == (400, True)
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
