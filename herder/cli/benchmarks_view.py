@@ -204,7 +204,13 @@ def remarks_of(benchmark: types.BenchmarkView) -> list[str]:
         elif told in ("invalid", "degraded"):
             lost = f", {share(point.coverage)} of the load was performed" if point.coverage < 1 else ""
             found.setdefault(f"{told}: {', '.join(point.reasons)}{lost}", []).append(point.number)
-    return [f"{said} ({_numbers(numbers)})" for said, numbers in found.items()]
+    return [_with_points(said, numbers) for said, numbers in found.items()]
+
+
+def _with_points(said: str, points: Sequence[int]) -> str:
+    """The points stand behind the error, not behind its hint."""
+    first, *hint = said.split("\n")
+    return "\n".join((f"{first} ({_numbers(points)})", *hint))
 
 
 def _numbers(points: Sequence[int]) -> str:

@@ -261,6 +261,13 @@ class TestShow:
         assert "2 files, 2.00 KiB" in out
         assert max(len(line) for line in out.splitlines()) <= 80
 
+    def test_points_stand_behind_the_error(self, head: BenchmarkHead, capsys: pytest.CaptureFixture[str]) -> None:
+        """And not behind its hint."""
+        error = types.ErrorDetail("run_failed", "it was killed", hint="its log says more")
+        head.views = deque([view("completed", point(0), point(1, "failed", error=error))])
+        assert benchmarks("show", BENCHMARK) == 0
+        assert "it was killed (point 1)\n  hint: its log says more\n" in capsys.readouterr().out
+
     def test_not_found(self, head: BenchmarkHead) -> None:
         """404 is exit code 5."""
         assert benchmarks("show", "bench-000000000000") == 5
