@@ -209,7 +209,7 @@ def _reasons_told(rows: Sequence[Row]) -> list[str]:
             about = said.get(code) or row.error or REASONS.get(code, "")
             found.setdefault(code, (about, []))[1].append(row.number)
     return [
-        f"{code}: {about}{' ' if about else ''}({_points_told(numbers)})" for code, (about, numbers) in found.items()
+        f"{code}{': ' if about else ''}{about} ({_points_told(numbers)})" for code, (about, numbers) in found.items()
     ]
 
 

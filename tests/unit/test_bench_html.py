@@ -208,6 +208,14 @@ class TestVerdict:
         assert "failed: node_lost: n1 is gone (point 2)" in words
         assert "1 of 6 points did not run to their end" in words
 
+    def test_points_that_were_cancelled(self) -> None:
+        """They are named together, without a reason that nobody gave."""
+        benchmark, reports = sweep()
+        for number in (4, 5):
+            benchmark["points"][number] |= {"status": "cancelled"}
+        words = Page(render(benchmark, [reports[number] for number in range(4)], {})).words
+        assert "cancelled (points 4, 5)" in words
+
     def test_the_sentence(self) -> None:
         """What was asked and found, with the numbers."""
         benchmark, reports = sweep(recipe={})
