@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import struct
 from bisect import bisect_right
 from datetime import datetime
@@ -39,9 +40,12 @@ class Index:
     def refresh(self) -> None:
         """Reads the entries that were added."""
         try:
-            with self.path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size - self._read_bytes < ENTRY.size or size > INDEX_BYTES:
+            # Beside a Slurm file anybody may have put anything: no link is followed, no pipe waited for.
+            with open(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+                status = os.fstat(file.fileno())
+                size = status.st_size
+                is_file = stat.S_ISREG(status.st_mode)
+                if not is_file or size - self._read_bytes < ENTRY.size or size > INDEX_BYTES:
                     return
                 file.seek(self._read_bytes)
                 data = file.read(size - self._read_bytes)

@@ -244,3 +244,21 @@ def test_tail_start(tmp_path_factory: pytest.TempPathFactory, counts: int, wante
     offset, found = tail_start(place, wanted)
     assert found == min(counts, wanted)
     assert text[offset:].splitlines() == lines[counts - found :]
+
+
+def test_what_lies_in_an_indexs_place_is_neither_followed_nor_waited_for(tmp_path: Path) -> None:
+    """Beside a Slurm file its owner may put a pipe, a folder or a link: such a log has no index."""
+    entry = ENTRY.pack(0, 1_000 | STARTS_LINE)
+    (tmp_path / "elsewhere").write_bytes(entry)
+    for name in ("pipe", "link", "folder", "file"):
+        (tmp_path / name).write_text("hello\n")
+    os.mkfifo(tmp_path / "pipe.at")
+    (tmp_path / "link.at").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "folder.at").mkdir()
+    (tmp_path / "file.at").write_bytes(entry)
+    found = {}
+    for name in ("pipe", "link", "folder", "file"):
+        index = Index(tmp_path / name)
+        index.refresh()
+        found[name] = index.times_ms
+    assert found == {"pipe": [], "link": [], "folder": [], "file": [1_000]}
