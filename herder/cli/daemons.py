@@ -146,6 +146,14 @@ def already_running(base: Path, record: Record | None) -> HerderError:
     """The error of a second start."""
     what = f"{' and '.join(record.alive) or 'starting'} at {record.url}" if record else "it is just starting"
     flag = "" if base == _default_base() else f" --state-dir {base}"
+    if record is not None and len(record.alive) == 1:
+        (left,) = record.alive
+        gone = "agent" if left == "head" else "head"
+        return HerderError(
+            "already_running",
+            f"herder is half up in {base}: its {left} runs, its {gone} has ended",
+            hint=f"`herder down{flag}`, then `herder up` as before; engines go on meanwhile",
+        )
     return HerderError(
         "already_running",
         f"herder is up already in {base}: {what}",

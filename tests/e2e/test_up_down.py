@@ -188,8 +188,13 @@ def test_stop_engines_after_a_crash(site: Site) -> None:
     assert daemons.wait_until((site.base / "agent/holder/holder.sock").exists, 20)
     record = daemons.read_record(site.base)
     assert record is not None
-    for process in (record.agent, record.head):
-        process.signal(signal.SIGKILL)
+    record.head.signal(signal.SIGKILL)
+    assert daemons.wait_until(lambda: record.alive == ["agent"], 10)
+    again = site.run("up", *PORTS, "--node-id", "n1", "--detach", "-q")
+    assert again.returncode
+    assert "half up" in again.stderr
+    assert "its head has ended" in again.stderr
+    record.agent.signal(signal.SIGKILL)
     assert daemons.wait_until(lambda: not site.alive(), 10)
     down = site.run("down", "--stop-engines")
     assert down.returncode == 0, down.stderr
