@@ -43,7 +43,7 @@ class Target:
         try:
             found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)
         except OSError as error:
-            raise OSError(error.errno, error.strerror or "not found", self.host) from None
+            raise type(error)(error.errno, error.strerror or "not found", self.host) from None
         addresses = [(family, address) for family, _, _, _, address in found]
         family, address = addresses[0]
         if len(addresses) > 1:

@@ -324,7 +324,7 @@ class Runner:
 
 def _as_ours(error: OSError) -> HerderError:
     if isinstance(error, socket.gaierror):
-        return InvalidValue(f"a host of the run has no address here: {error.strerror}")
+        return InvalidValue(f"{error.filename or 'a host of the run'} has no address here: {error.strerror}")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull("the run's directory cannot be written: no room")
     name = Path(error.filename).name if isinstance(error.filename, str) else ""
