@@ -230,6 +230,7 @@ def test_a_holder_that_nobody_can_find_ends(tmp_path: Path) -> None:
     assert not (tmp_path / "lost").exists()
     first = Program(tmp_path / "run" / "holder.sock", MIB)
     first.process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, first.process.pid, os.WSTOPPED)  # else it may see the gap and fill it itself
     first.path.unlink()
     second = Program(first.path, MIB)
     first.process.send_signal(signal.SIGCONT)
