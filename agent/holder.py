@@ -345,8 +345,15 @@ class _Session:
             self._channel.sendall(protocol.frame(answer))
 
 
-def listen(path: Path) -> socket.socket | None:
-    """The holder's socket; None when a live holder has it. Raises: OSError."""
+Mark = tuple[int, int]
+"""A file's device and inode."""
+
+
+def listen(path: Path) -> tuple[socket.socket, Mark | None] | None:
+    """The holder's socket and which file it is; None when a live holder has it. Raises: OSError.
+
+    The file is marked before anybody can connect: who has talked to the holder may take its directory away at once.
+    """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.parent.chmod(0o700)
     listener = socket.socket(socket.AF_UNIX)
@@ -361,11 +368,12 @@ def listen(path: Path) -> socket.socket | None:
             return None
     listener.bind(str(path))
     path.chmod(0o600)
+    mark = _mark(path)
     listener.listen(CONNECTIONS)
-    return listener
+    return listener, mark
 
 
-def serve(holder: Holder, listener: socket.socket, path: Path) -> None:
+def serve(holder: Holder, listener: socket.socket, path: Path, mark: Mark | None) -> None:
     """Answers agents until told to stop, or until none could find it any more."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
@@ -373,14 +381,13 @@ def serve(holder: Holder, listener: socket.socket, path: Path) -> None:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=holder.watch, name="watch", daemon=True).start()
     slots = threading.BoundedSemaphore(CONNECTIONS)
-    mark = _mark(path)
     while not stop.is_set():
-        if _mark(path) != mark:
+        if mark is None or _mark(path) != mark:
             listener.close()
             found = _listen_again(path)
             if found is None:
                 break
-            listener, mark = found, _mark(path)
+            listener, mark = found
         listener.settimeout(ACCEPT_S)
         try:
             channel, _ = listener.accept()
@@ -398,7 +405,7 @@ def serve(holder: Holder, listener: socket.socket, path: Path) -> None:
     listener.close()
 
 
-def _mark(path: Path) -> tuple[int, int] | None:
+def _mark(path: Path) -> Mark | None:
     """Which file lies there; None when none does."""
     try:
         status = path.lstat()
@@ -407,7 +414,7 @@ def _mark(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _listen_again(path: Path) -> socket.socket | None:
+def _listen_again(path: Path) -> tuple[socket.socket, Mark | None] | None:
     """Our socket's file was removed, so that no agent can find what is held: a new one, with the holdings kept.
 
     None, and so the end, when another holder has taken its place or the state directory is gone.
@@ -444,12 +451,13 @@ def main() -> int:
     if options.tmpfs is not None and fsio.filesystem_name(options.tmpfs) != "tmpfs":
         sys.stderr.write(f"{options.tmpfs} is not a tmpfs: its files would not be in RAM\n")
         return 2
-    listener = listen(options.socket)
-    if listener is None:
+    found = listen(options.socket)
+    if found is None:
         return 3
+    listener, mark = found
     with contextlib.suppress(OSError):
         os.setsid()  # a signal to the agent's group is not for us
-    serve(Holder(options.budget, options.tmpfs), listener, options.socket)
+    serve(Holder(options.budget, options.tmpfs), listener, options.socket, mark)
     return 0
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from agent import holder_protocol as protocol
+from agent.holder import listen
 from common import fsio
 from tests.doubles.hostile_http import eventually
 
@@ -237,6 +238,31 @@ def test_a_holder_that_nobody_can_find_ends(tmp_path: Path) -> None:
     assert first.process.wait(timeout=20) == 0
     HolderClient(second.path).close()
     second.stop()
+
+
+def test_the_directory_goes_before_the_holder_serves(tmp_path: Path) -> None:
+    """The socket is there and the directory is taken away before the first look at it: the holder ends all the same."""
+    path = tmp_path / "lost" / "holder.sock"
+    found = listen(path)
+    assert found is not None
+    listener, mark = found
+    shutil.rmtree(path.parent)
+    program = f"""
+import socket, sys
+from pathlib import Path
+from agent.holder import Holder, serve
+serve(Holder(1), socket.socket(fileno={listener.fileno()}), Path({str(path)!r}), {mark!r})
+"""
+    command = [sys.executable, "-P", "-c", program]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, pass_fds=[listener.fileno()], timeout=20, capture_output=True, text=True
+    )
+    listener.close()
+    assert (ended.returncode, ended.stderr) == (
+        0,
+        "the socket was removed and its directory is gone: the RAM tier is let go\n",
+    )
 
 
 def test_stop(holder: Program) -> None:
