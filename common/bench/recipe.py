@@ -8,7 +8,6 @@ the document kept with a result says all that was done.
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import msgspec
 import yaml
 
 from common.bench import spec as spec_of
+from common.bench.documents import endless
 from common.bench.spec import LoadSpec
 from common.errors import InvalidRecipe
 
@@ -153,7 +153,9 @@ def convert(document: Any, *, where: str = "benchmark", is_drawn: bool = True) -
     A check draws every schedule; without `is_drawn` it is left to the load nodes, which say it just as well.
     """
     try:
-        _refuse_endless(document)
+        if (place := endless(document)) is not None:
+            hint = "; arrivals: constant has equal gaps" if place.endswith("burstiness") else ""
+            raise ValueError(f"{place}: numbers are finite{hint}")
         recipe = msgspec.convert(_with_seconds(document), BenchmarkRecipe)
         _check(recipe, is_drawn=is_drawn)
     except (msgspec.ValidationError, ValueError) as error:
@@ -222,17 +224,6 @@ def _with_seconds(document: Any, depth: int = 0) -> Any:
         else:
             made[name] = _with_seconds(value, depth + 1)
     return made
-
-
-def _refuse_endless(document: Any, where: str = "", depth: int = 0) -> None:
-    """What JSON cannot say would arrive at the load nodes as nothing."""
-    if isinstance(document, float) and not math.isfinite(document):
-        hint = "; arrivals: constant has equal gaps" if where == "burstiness" else ""
-        raise ValueError(f"{where or 'a value'}: numbers are finite{hint}")
-    if depth < 20 and isinstance(document, dict | list):
-        items = document.items() if isinstance(document, dict) else ((where, value) for value in document)
-        for name, value in items:
-            _refuse_endless(value, str(name), depth + 1)
 
 
 def _check(recipe: BenchmarkRecipe, *, is_drawn: bool) -> None:

@@ -68,22 +68,19 @@ def run(
 
     Ctrl-C detaches: the benchmark goes on. Exit code 1: it did not complete, or must not be believed.
     """
+    from common.bench.documents import changed
     from herder.cli import benchmarks_documents as documents
 
     known = documents.read(recipe) if documents.is_file(recipe) else None
     with options.connect() as client:
-        if known is None and (model or any(place.startswith("server.serve.") for place, _ in pairs)):
-            base: dict[str, Any] = client.benchmark_recipe(recipe).document
-        else:
-            base = known or {}
-        serve = (base.get("server") or {}).get("serve")
-        changes = documents.overrides(pairs, model=model, service=service, nodes=nodes, has_serve=bool(serve))
-        if serve and (changes.get("server") or {}).get("serve"):
-            changes["server"]["serve"] = documents.changed(serve, changes["server"]["serve"])
+        base = client.benchmark_recipe(recipe).document if known is None and model else known or {}
+        server = base.get("server")
+        has_serve = isinstance(server, dict) and bool(server.get("serve"))
+        changes = documents.overrides(pairs, model=model, service=service, nodes=nodes, has_serve=has_serve)
         if known is None:
             benchmark = client.create_benchmark(recipe, changes, name=name)
         else:
-            benchmark = client.create_benchmark("", documents.changed(known, changes), name=name)
+            benchmark = client.create_benchmark("", changed(known, changes), name=name)
         if not is_waiting:
             said = f"{benchmark.id} started; `herder benchmarks watch {benchmark.id}` follows it"
             output.emit(options, benchmark, said, quiet=benchmark.id)

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
+from common.bench.documents import endless
 from herder.errors import HerderError
 
-ALTERNATIVES = {"server": ("service", "serve", "urls"), "load": ("rate", "concurrency", "steps", "trace")}
-"""Of each group a recipe has one: what the command line gives takes the place of the other's."""
-WHOLE = frozenset({"sweep", "search", "slo"})
-"""Changed as a whole or by one of their own fields, never mixed with what was there."""
 MAX_BYTES = 1_048_576
-MAX_DEPTH = 20
 
 
 def is_file(text: str) -> bool:
@@ -42,21 +37,9 @@ def read(text: str) -> dict[str, Any]:
         raise HerderError("invalid_recipe", f"{text}: not YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(found, dict):
         raise HerderError("invalid_recipe", f"{text}: a recipe is a mapping with name, server and load")
-    if (place := _endless(found)) is not None:  # JSON would carry it as nothing, and the head answer of something else
+    if (place := endless(found)) is not None:  # JSON would carry it as nothing, and the head answer of something else
         raise HerderError("invalid_recipe", f"{text}: {place}: numbers are finite")
     return found
-
-
-def _endless(value: Any, place: str = "", depth: int = 0) -> str | None:
-    """Where a number is that is infinite or none."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return place
-    if depth < MAX_DEPTH and isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else ((str(at), one) for at, one in enumerate(value))
-        for name, one in items:
-            if (found := _endless(one, f"{place}.{name}" if place else str(name), depth + 1)) is not None:
-                return found
-    return None
 
 
 def overrides(
@@ -81,24 +64,4 @@ def overrides(
             made.setdefault("load", {})["model"] = model
     if nodes:
         made.setdefault("load", {})["nodes"] = int(nodes) if nodes.isdigit() else nodes.split(",")
-    return made
-
-
-def changed(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's document with the changes in their places, as the head does it with its recipes; null takes away."""
-    made = dict(document)
-    for part, names in ALTERNATIVES.items():
-        there, said = made.get(part), changes.get(part)
-        if isinstance(there, Mapping) and isinstance(said, Mapping) and any(said.get(name) for name in names):
-            given = {name for name in names if said.get(name)}
-            # A change within `serve` keeps the rest of it.
-            made[part] = {name: value for name, value in there.items() if name not in names or name in given}
-    for name, value in changes.items():
-        there = made.get(name)
-        if value is None:
-            made.pop(name, None)
-        elif isinstance(there, Mapping) and isinstance(value, Mapping) and name not in WHOLE:
-            made[name] = changed(there, value)
-        else:
-            made[name] = value
     return made

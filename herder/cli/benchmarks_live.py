@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from common.bench.figures import changes_told, told
 from herder import types
 from herder.cli import benchmarks_view as view
 from herder.cli import output, text, views
@@ -140,7 +141,7 @@ class Live:
         return [
             f"{text.duration(tick.at_s)}{nodes}, sent {sent:,}, done {done:,}, failed {failed:,}, "
             f"in flight {tick.in_flight:,}",
-            f"{view.number(rate)} requests/s, {view.number(tokens)} tokens/s"
+            f"{told(rate)} requests/s, {told(tokens)} tokens/s"
             + (f", TTFT p50 {view.ms(tick.ttft_p50_ms)}, p99 {view.ms(tick.ttft_p99_ms)}" if tick.ttft_p50_ms else ""),
         ]
 
@@ -185,7 +186,7 @@ class Live:
 def _current(benchmark: types.BenchmarkView) -> str:
     for point in benchmark.points:
         if point.status not in (*view.ENDED, "pending"):
-            load = view.changes(point.changes)
+            load = changes_told(point.changes)
             again = f" #{point.repetition + 1}" if point.repetition else ""
             return f"; point {point.number}: {load or 'the load as asked'}{again}, {point.status}"
     return ""
@@ -194,13 +195,13 @@ def _current(benchmark: types.BenchmarkView) -> str:
 def line_of(point: types.PointView) -> str:
     """A point that has ended, in one line."""
     figures = point.figures
-    told = [f"point {point.number}", view.changes(point.changes), view.point_verdict(point)]
+    parts = [f"point {point.number}", changes_told(point.changes), view.point_verdict(point)]
     if "req_s" in figures:
-        told.append(f"{view.number(figures['req_s'])} requests/s")
+        parts.append(f"{told(figures['req_s'])} requests/s")
     if "output_tok_s" in figures:
-        told.append(f"{view.number(figures['output_tok_s'])} tokens/s")
+        parts.append(f"{told(figures['output_tok_s'])} tokens/s")
     if "ttft_p50_ms" in figures:
-        told.append(f"TTFT p50 {view.ms(figures['ttft_p50_ms'])}, p99 {view.ms(figures.get('ttft_p99_ms'))}")
+        parts.append(f"TTFT p50 {view.ms(figures['ttft_p50_ms'])}, p99 {view.ms(figures.get('ttft_p99_ms'))}")
     if point.error is not None:
-        told.append(point.error.message)
-    return ", ".join(part for part in told if part)
+        parts.append(point.error.message)
+    return ", ".join(part for part in parts if part)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from common.bench.figures import changes_told, told
 from herder import types
 from herder.cli import output, text, views
 from herder.cli.command import Globals
@@ -91,13 +92,13 @@ def list_row(benchmark: types.BenchmarkView, now_ms: int) -> list[str]:
 def point_row(point: types.PointView) -> list[str]:
     """A row of POINTS."""
     figures = point.figures
-    load = changes(point.changes) or "as asked"
+    load = changes_told(point.changes) or "as asked"
     return [
         str(point.number),
         f"{load} #{point.repetition + 1}" if point.repetition else load,
         point_verdict(point),
-        number(figures.get("req_s")),
-        number(figures.get("output_tok_s")),
+        told(figures.get("req_s")),
+        told(figures.get("output_tok_s")),
         ms(figures.get("ttft_p50_ms")),
         ms(figures.get("ttft_p99_ms")),
         ms(figures.get("tpot_p50_ms")),
@@ -107,34 +108,11 @@ def point_row(point: types.PointView) -> list[str]:
     ]
 
 
-def changes(varied: Mapping[str, Any]) -> str:
-    """What a point varies: `rate=8, scenarios=D(100,50)`."""
-    return ", ".join(f"{name}={_plain(value)}" for name, value in varied.items())
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list | tuple):
-        return "+".join(_plain(entry) for entry in value)
-    return str(value)
-
-
-def number(value: float | None) -> str:
-    """About three digits. None: `-`."""
-    if value is None or not math.isfinite(value):
-        return "-"
-    size = abs(value)
-    if size >= 9.995:
-        return f"{value:,.0f}" if size >= 99.95 else f"{value:.1f}"
-    return f"{value:.2f}" if size >= 0.9995 else f"{value:.3g}"
-
-
 def ms(value: float | None) -> str:
     """Milliseconds in the unit that reads best: `0.85ms`, `24.6ms`, `1.24s`. None: `-`."""
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{number(value / 1000)}s" if abs(value) >= 999.5 else f"{number(value)}ms"
+    return f"{told(value / 1000)}s" if abs(value) >= 999.5 else f"{told(value)}ms"
 
 
 def share(value: float | None) -> str:
@@ -172,7 +150,7 @@ def _facts(benchmark: types.BenchmarkView, now_ms: int) -> list[tuple[str, str]]
         load = best.get("load")
         found = "no load met the SLO"
         if load is not None:
-            found = f"{best['over']} {number(load)} is the highest that met the SLO"
+            found = f"{best['over']} {told(load)} is the highest that met the SLO"
         found += f": {best['why']}" if best.get("why") else ""
     return [
         ("benchmark", benchmark.id),
@@ -232,7 +210,7 @@ def compared(options: Globals, found: Any) -> str:
         lines += [f"  {name}: {value}" for name, value in zip(found.names, difference.values, strict=True)]
         parts.append("\n".join(lines))
     for load in found.loads:
-        head = changes(load.changes) or "the load as asked"
+        head = changes_told(load.changes) or "the load as asked"
         for place in range(1, len(found.names)):
             counts = [max((f.values[at].repetitions for f in load.figures), default=0) for at in (0, place)]
             title = f"{head}: {found.names[0]} ({counts[0]}) and {found.names[place]} ({counts[1]} valid repetitions)"
@@ -260,7 +238,7 @@ def _compared_row(figure: Any, place: int) -> list[str]:
 
 
 def _told(unit: str, value: float | None) -> str:
-    return ms(value) if unit == "ms" else share(value) if unit == "share" else number(value)
+    return ms(value) if unit == "ms" else share(value) if unit == "share" else told(value)
 
 
 def _word(figure: Any, place: int) -> str:

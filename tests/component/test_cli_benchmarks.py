@@ -77,10 +77,10 @@ class TestRun:
         ]
 
     def test_another_model_keeps_how_it_is_served(self, head: BenchmarkHead) -> None:
-        """--model changes the model of the recipe's own service and leaves its replicas."""
+        """--model says the model of the recipe's own service and nothing else of it: the head keeps its replicas."""
         head.views = deque([view("pending")])
         assert benchmarks("run", "smoke", "--detach", "--model", "llama") == 0
-        assert head.asked[0]["document"] == {"server": {"serve": {"model": "llama", "replicas": 2}}}
+        assert head.asked[0]["document"] == {"server": {"serve": {"model": "llama"}}}
 
     def test_a_file(self, head: BenchmarkHead, tmp_path: Path) -> None:
         """A file's document is sent whole with the changes in it; one kind of load takes the other's place."""
@@ -115,6 +115,14 @@ class TestRun:
         assert benchmarks("run", str(path)) == code
         assert said in capsys.readouterr().err
         assert head.asked == []
+
+    def test_what_only_the_head_can_judge_is_sent(self, head: BenchmarkHead, tmp_path: Path) -> None:
+        """A part of the wrong shape goes to the head as it is, which names the place."""
+        path = tmp_path / "mine.yaml"
+        path.write_text("server: chat\n")
+        head.views = deque([view("pending")])
+        assert benchmarks("run", str(path), "--detach", "--model", "llama") == 0
+        assert head.asked[0]["document"] == {"server": "chat", "load": {"model": "llama"}}
 
     def test_followed_to_its_end(self, head: BenchmarkHead, capsys: pytest.CaptureFixture[str]) -> None:
         """Without a terminal: a line per change of state and ended point, seconds in between; the tables on stdout."""

@@ -63,7 +63,8 @@ ALLOWED = {
     *((f"herder/cli/{name}.py", "common") for name in ("bench", "bench_view")),
     *((f"herder/cli/{name}.py", "agent") for name in ("monitor", "monitor_view")),  # the monitor, likewise
     ("herder/cli/monitor.py", "common"),
-    *((f"herder/cli/{name}.py", "common") for name in ("benchmarks", "benchmarks_results")),  # comparing, checking
+    ("herder/cli/benchmarks.py", "common"),  # documents, figures, comparing: what the head does with them as well
+    *((f"herder/cli/benchmarks_{name}.py", "common") for name in ("documents", "live", "results", "view")),
     *((f"herder/cli/{name}.py", "agent") for name in ("suite", "orchestrate", "executor")),  # suites, without a head
 }
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from common.bench.documents import changed, endless
 from common.bench.recipe import convert
 from common.errors import DiskFull, InvalidName, InvalidRecipe, NotFound
 from head.bench import store as store_module
 from head.bench.store import Store
 from head.bench.summary import summary_csv
-from head.core.benchmark_documents import changed, document_of
+from head.core.benchmark_documents import document_of
 from herder.types import CreateBenchmark
 
 RECIPE = convert(
@@ -56,6 +57,20 @@ class TestDocuments:
         base: dict[str, Any] = {"load": {"rate": 1, "parameters": {"a": 1}}}
         changed(base, {"load": {"concurrency": 3, "parameters": {"a": 2, "b": 3}}})
         assert base == {"load": {"rate": 1, "parameters": {"a": 1}}}
+
+    def test_a_change_within_what_is_served(self) -> None:
+        """One field of `serve` keeps its others, from the command line and through the API alike; a service ends it."""
+        served = {"name": "s", "server": {"serve": {"model": "a", "replicas": 2, "engine": "vllm"}, "via": "gateway"}}
+        made = changed(served, {"server": {"serve": {"model": "b", "engine": None}}})
+        assert made["server"] == {"serve": {"model": "b", "replicas": 2}, "via": "gateway"}
+        assert changed(served, {"server": {"service": "chat"}})["server"] == {"service": "chat", "via": "gateway"}
+        made = changed(served, {"server": {"serve": None, "urls": ["http://h:1"]}})
+        assert made["server"] == {"urls": ["http://h:1"], "via": "gateway"}
+
+    def test_where_a_number_is_endless(self) -> None:
+        """The whole place is told, in mappings and lists; a document that has none is fine."""
+        assert endless({"load": {"steps": [1, float("nan")]}, "a": float("inf")}) == "load.steps.1"
+        assert endless({"load": {"rate": 1.5, "steps": [], "name": "inf"}}) is None
 
     def test_nothing_was_sent(self) -> None:
         """An empty request is told what it lacks; an unknown recipe is a KeyError of its name."""
