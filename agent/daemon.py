@@ -173,18 +173,8 @@ class Agent:
                 self.replicas.check(effect)
             case fx.ForgetReplica():
                 self.replicas.forget(effect)
-            case fx.SpawnRun():
-                self.runs.spawn(effect)
-            case fx.AttachRun():
-                self.runs.attach(effect)
-            case fx.StartRun():
-                self.runs.fire(effect)
-            case fx.SignalRun():
-                self.runs.signal(effect)
-            case fx.UploadRun():
-                self.runs.upload(effect)
-            case fx.ForgetRun():
-                self.runs.forget(effect)
+            case fx.RunEffect():
+                self.runs.perform(effect)
             case fx.CloseSession():
                 self.link.close_session(effect)
             case fx.NoteLease():

@@ -85,15 +85,18 @@ class RunHealthCheck(Effect, frozen=True):
     port: int = 0
 
 
-# runs: parts of benchmarks
-class SpawnRun(Effect, frozen=True):
+class RunEffect(Effect, frozen=True):
+    """What concerns a run, a part of a benchmark."""
+
+
+class SpawnRun(RunEffect, frozen=True):
     """Make a run's directory and process. Answered by RunStarted, then RunSaid, and by RunEnded in the end."""
 
     order: wire.EnsureRun
     generation: int
 
 
-class AttachRun(Effect, frozen=True):
+class AttachRun(RunEffect, frozen=True):
     """Find a process of an agent before us again. Answered as SpawnRun."""
 
     run: str
@@ -103,7 +106,7 @@ class AttachRun(Effect, frozen=True):
     start_ticks: int
 
 
-class StartRun(Effect, frozen=True):
+class StartRun(RunEffect, frozen=True):
     """Tell an armed load generator when to begin; said again it changes nothing."""
 
     run: str
@@ -111,7 +114,7 @@ class StartRun(Effect, frozen=True):
     start_boottime_ns: int
 
 
-class SignalRun(Effect, frozen=True):
+class SignalRun(RunEffect, frozen=True):
     """Tell a run to finish, or kill all its processes when `is_kill`. Leads to RunEnded."""
 
     run: str
@@ -119,7 +122,7 @@ class SignalRun(Effect, frozen=True):
     is_kill: bool
 
 
-class UploadRun(Effect, frozen=True):
+class UploadRun(RunEffect, frozen=True):
     """Send a run's artifacts to the head until it has taken them. Answered by RunUploaded."""
 
     run: str
@@ -127,7 +130,7 @@ class UploadRun(Effect, frozen=True):
     kind: str
 
 
-class ForgetRun(Effect, frozen=True):
+class ForgetRun(RunEffect, frozen=True):
     """Kill a run's processes, delete its directory. Answered by RunForgotten."""
 
     run: str

@@ -116,34 +116,27 @@ class Runs:
         for live in list(self.live.values()):
             self._unwatch(live)
 
-    # effects
-    def spawn(self, effect: fx.SpawnRun) -> None:
-        """SpawnRun."""
-        self._do(effect.order.run, "spawn", self._spawn(effect))
-
-    def attach(self, effect: fx.AttachRun) -> None:
-        """AttachRun."""
-        self._do(effect.run, "attach", self._attach(effect))
-
-    def fire(self, effect: fx.StartRun) -> None:
-        """StartRun."""
-        document = Fire(effect.start_boottime_ns)
-        self._do(effect.run, "fire", self._write(effect.run, effect.generation, "fire.json", document))
-
-    def signal(self, effect: fx.SignalRun) -> None:
-        """SignalRun."""
-        self._do(effect.run, "signal", self._kill(effect.run) if effect.is_kill else self._finish(effect))
-
-    def upload(self, effect: fx.UploadRun) -> None:
-        """UploadRun."""
-        self._uploads[effect.run] = self._tasks.start(f"run-{effect.run}-upload", self._upload(effect))
-
-    def forget(self, effect: fx.ForgetRun) -> None:
-        """ForgetRun."""
-        upload = self._uploads.pop(effect.run, None)
-        if upload is not None:
-            upload.cancel()
-        self._do(effect.run, "forget", self._forget(effect.run))
+    def perform(self, effect: fx.RunEffect) -> None:
+        """Begins what the effect asks; what concerns one run is done in the order in which it was asked for."""
+        match effect:
+            case fx.SpawnRun():
+                self._do(effect.order.run, "spawn", self._spawn(effect))
+            case fx.AttachRun():
+                self._do(effect.run, "attach", self._attach(effect))
+            case fx.StartRun():
+                document = Fire(effect.start_boottime_ns)
+                self._do(effect.run, "fire", self._write(effect.run, effect.generation, "fire.json", document))
+            case fx.SignalRun():
+                self._do(effect.run, "signal", self._kill(effect.run) if effect.is_kill else self._finish(effect))
+            case fx.UploadRun():
+                self._uploads[effect.run] = self._tasks.start(f"run-{effect.run}-upload", self._upload(effect))
+            case fx.ForgetRun():
+                upload = self._uploads.pop(effect.run, None)
+                if upload is not None:
+                    upload.cancel()
+                self._do(effect.run, "forget", self._forget(effect.run))
+            case _:
+                log.error("an effect that nobody performs", extra=fields(effect=type(effect).__name__))
 
     def _do(self, run: str, name: str, work: Coroutine[Any, Any, object]) -> None:
         self._tasks.start(f"run-{run}-{name}", self._in_turn(run, work))

@@ -132,18 +132,8 @@ class Rig:
         match effect:
             case fx.SendMessage():
                 self.sent.append(effect.message)
-            case fx.SpawnRun():
-                self.runs.spawn(effect)
-            case fx.AttachRun():
-                self.runs.attach(effect)
-            case fx.StartRun():
-                self.runs.fire(effect)
-            case fx.SignalRun():
-                self.runs.signal(effect)
-            case fx.UploadRun():
-                self.runs.upload(effect)
-            case fx.ForgetRun():
-                self.runs.forget(effect)
+            case fx.RunEffect():
+                self.runs.perform(effect)
             case _:
                 pass
 
