@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import os
@@ -10,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,29 +22,16 @@ from herder.cli import progress
 from herder.cli.command import Globals
 from herder.cli.main import run
 from tests.doubles import cli_views as made
-from tests.doubles.api_double import JOB, TOKEN, ApiDouble, job, model, step
+from tests.doubles.api_double import JOB, ApiDouble, job, model, step
+from tests.doubles.on_a_thread import commanded
 
 
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ApiDouble]:
     """A double on a thread of its own, which the environment names."""
     double = ApiDouble()
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    asyncio.run_coroutine_threadsafe(double.start(), loop).result(10)
-    for name in [name for name in os.environ if name.startswith("HERDER_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HERDER_URL", double.url)
-    monkeypatch.setenv("HERDER_TOKEN", TOKEN)
-    monkeypatch.setenv("HERDER_CONFIG", str(tmp_path / "none.yaml"))
-    monkeypatch.setenv("HERDER_STATE_DIR", str(tmp_path / "none"))
-    monkeypatch.setenv("COLUMNS", "80")
-    yield double
-    asyncio.run_coroutine_threadsafe(double.stop(), loop).result(10)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
-    loop.close()
+    with commanded(double, monkeypatch, tmp_path):
+        yield double
 
 
 def herder(*args: str) -> int:

@@ -8,8 +8,8 @@ import shutil
 import socket
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,6 +28,7 @@ from herder import (
 from herder.errors import HerderError
 from herder.settings import Settings
 from tests.doubles.api_double import JOB, NOW_MS, TOKEN, ApiDouble, job, model, step
+from tests.doubles.on_a_thread import serving
 
 
 @asynccontextmanager
@@ -39,22 +40,6 @@ async def connected(token: str = TOKEN, timeout_s: float = 10.0) -> AsyncIterato
             yield double, client
     finally:
         await double.stop()
-
-
-@contextmanager
-def serving(double: ApiDouble) -> Iterator[str]:
-    """The double on a loop of its own, for the synchronous client."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    asyncio.run_coroutine_threadsafe(double.start(), loop).result(10)
-    try:
-        yield double.url
-    finally:
-        asyncio.run_coroutine_threadsafe(double.stop(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(10)
-        loop.close()
 
 
 def free_port() -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,31 +17,19 @@ from herder.cli.main import run
 from herder.errors import HerderApiError, HerderConnectionError
 from herder.types import LogEntry
 from tests.doubles.api_double import NOW_MS, TOKEN, ApiDouble
+from tests.doubles.on_a_thread import commanded
 
 
 @pytest.fixture
 def head(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ApiDouble]:
     """A double on a thread of its own, which the environment names."""
     double = ApiDouble()
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    asyncio.run_coroutine_threadsafe(double.start(), loop).result(10)
-    for name in [name for name in os.environ if name.startswith("HERDER_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HERDER_URL", double.url)
-    monkeypatch.setenv("HERDER_TOKEN", TOKEN)
-    monkeypatch.setenv("HERDER_CONFIG", str(tmp_path / "none.yaml"))
-    monkeypatch.setenv("HERDER_STATE_DIR", str(tmp_path / "none"))
     double.log_entries = [
         LogEntry(source=f"replica:chat-{number % 2}", node="n1", time_ms=NOW_MS + number, line=f"line {number}")
         for number in range(40)
     ]
-    yield double
-    asyncio.run_coroutine_threadsafe(double.stop(), loop).result(10)
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
-    loop.close()
+    with commanded(double, monkeypatch, tmp_path):
+        yield double
 
 
 def herder(*args: str) -> int:

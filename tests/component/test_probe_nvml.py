@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.doubles import fake_nvml
+from tests.doubles.fake_nvml import probe
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 1024**3
 MIB = 1024**2
-PRELUDE = """
-import json, os, sys
-from pathlib import Path
-import msgspec
-from agent.probe.nvml import Nvml, process_gpu_memory
-machine = Path(os.environ["FAKE_NVML_STATE"])
-def show(**values):
-    print(json.dumps(msgspec.to_builtins(values)))
-def swap(text):
-    new = machine.with_suffix(".new")
-    new.write_text(text)
-    new.rename(machine)
-"""
 
 
 @pytest.fixture(scope="session")
@@ -42,21 +24,6 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def old_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A driver that lacks the newer functions."""
     return fake_nvml.build(tmp_path_factory.mktemp("nvml_old"), is_old=True)
-
-
-def probe(library: Path | None, machine: Path, facts: str, script: str) -> dict[str, Any]:
-    """Runs the script on a machine with these facts and returns what it showed."""
-    machine.write_text(textwrap.dedent(facts))
-    environ = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
-    environ["FAKE_NVML_STATE"] = str(machine)
-    if library is not None:
-        environ.update(fake_nvml.environment(library, machine))
-    command = [sys.executable, "-W", "error", "-c", PRELUDE + textwrap.dedent(script)]
-    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
-    assert isinstance(answer, dict)
-    return answer
 
 
 @pytest.fixture

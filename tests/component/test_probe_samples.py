@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.doubles import fake_nvml
+from tests.doubles.fake_nvml import probe
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 1024**3
 MIB = 1024**2
-PRELUDE = """
-import json, os, time
-from pathlib import Path
-import msgspec
-from agent.probe.nvml import Nvml
-machine = Path(os.environ["FAKE_NVML_STATE"])
-def show(**values):
-    print(json.dumps(msgspec.to_builtins(values)))
-def swap(text):
-    new = machine.with_suffix(".new")
-    new.write_text(text)
-    new.rename(machine)
-"""
 SAMPLES = "show(samples=Nvml().samples())"
 
 
@@ -45,19 +27,6 @@ def old_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fake_nvml.build(tmp_path_factory.mktemp("nvml_old"), is_old=True)
 
 
-def probe(library: Path, folder: Path, facts: str, script: str) -> dict[str, Any]:
-    """Runs the script on a machine with these facts and returns what it showed."""
-    machine = folder / "machine"
-    machine.write_text(textwrap.dedent(facts))
-    environ = {**os.environ, **fake_nvml.environment(library, machine)}
-    command = [sys.executable, "-W", "error", "-c", PRELUDE + textwrap.dedent(script)]
-    done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
-    assert isinstance(answer, dict)
-    return answer
-
-
 def test_a_sample_holds_everything(driver: Path, tmp_path: Path) -> None:
     """Every reading arrives in our units, and counters as bytes and joules."""
     facts = (
@@ -65,7 +34,7 @@ def test_a_sample_holds_everything(driver: Path, tmp_path: Path) -> None:
         "gpu 0 util=37 used_mib=2048 temp=61 power_mw=512345 ecc=3 corrected=8 energy_mj=2500 sm_mhz=1755 mem_mhz=2619"
         " throttle=0x24 nvlink_tx_kib=10 nvlink_rx_kib=20 pcie_tx=3000 pcie_rx=4000\n"
     )
-    (sample,) = probe(driver, tmp_path, facts, SAMPLES)["samples"]
+    (sample,) = probe(driver, tmp_path / "machine", facts, SAMPLES)["samples"]
     rates = {name: sample.pop(name) for name in list(sample) if name.endswith("_per_s")}
     assert len(rates) == 4
     assert set(rates.values()) == {None}  # a rate needs two samples
@@ -96,7 +65,7 @@ def test_a_sample_holds_everything(driver: Path, tmp_path: Path) -> None:
 
 def test_a_card_without_links_has_none(driver: Path, tmp_path: Path) -> None:
     """Counters whose own return code says `not supported` are None, and the rest is read all the same."""
-    (sample,) = probe(driver, tmp_path, "count 1", SAMPLES)["samples"]
+    (sample,) = probe(driver, tmp_path / "machine", "count 1", SAMPLES)["samples"]
     assert sample["nvlink_tx_bytes"] is None
     assert sample["pcie_rx_bytes"] is None
     assert sample["energy_j"] == 1000.0
@@ -117,7 +86,7 @@ def test_each_reading_may_be_missing(driver: Path, tmp_path: Path, field: str) -
         "ecc_corrected": ("nvmlDeviceGetTotalEccErrors",),
     }[field]
     facts = "count 1\n" + "".join(f"fail {function} 3\n" for function in functions)
-    (sample,) = probe(driver, tmp_path, facts, SAMPLES)["samples"]
+    (sample,) = probe(driver, tmp_path / "machine", facts, SAMPLES)["samples"]
     assert sample[field] is None
     assert sample["utilisation"] == 0.1
     assert sample["memory_used_bytes"] == GIB
@@ -126,7 +95,7 @@ def test_each_reading_may_be_missing(driver: Path, tmp_path: Path, field: str) -
 def test_an_old_driver_is_asked_the_old_way(old_driver: Path, tmp_path: Path) -> None:
     """Throttle reasons and energy come from the older functions where the newer are not there."""
     facts = "count 1\ngpu 0 throttle=0x80 energy_mj=7000\n"
-    (sample,) = probe(old_driver, tmp_path, facts, SAMPLES)["samples"]
+    (sample,) = probe(old_driver, tmp_path / "machine", facts, SAMPLES)["samples"]
     assert sample["throttle"] == ["hw_power_brake"]
     assert sample["energy_j"] == 7.0
     assert sample["nvlink_tx_bytes"] is None
@@ -135,7 +104,7 @@ def test_an_old_driver_is_asked_the_old_way(old_driver: Path, tmp_path: Path) ->
 
 def test_instances_have_what_they_have(driver: Path, tmp_path: Path) -> None:
     """A MIG instance has its memory; power, clocks and links belong to the card."""
-    samples = probe(driver, tmp_path, "count 1\nmig 0 2\n", SAMPLES)["samples"]
+    samples = probe(driver, tmp_path / "machine", "count 1\nmig 0 2\n", SAMPLES)["samples"]
     assert [sample["index"] for sample in samples] == [0, 100, 101]
     assert samples[1]["memory_total_bytes"] == 18 * GIB
     assert samples[1]["power_w"] is None
@@ -151,7 +120,7 @@ def test_a_lost_gpu_says_so(driver: Path, tmp_path: Path) -> None:
         swap("count 2\\nlost 1\\n")
         show(before=before, lost=nvml.samples())
     """
-    shown = probe(driver, tmp_path, "count 2", script)
+    shown = probe(driver, tmp_path / "machine", "count 2", script)
     assert [sample["is_lost"] for sample in shown["lost"]] == [False, True]
     assert shown["lost"][1]["memory_used_bytes"] is None
     assert shown["lost"][1]["uuid"] == shown["before"][1]["uuid"]
@@ -176,7 +145,7 @@ def test_a_reset_gpu_is_found_again_by_who_watches(driver: Path, tmp_path: Path)
         reader.close()
         show(lost=lost, gpus=gpus)
     """
-    shown = probe(driver, tmp_path, "count 2", script)
+    shown = probe(driver, tmp_path / "machine", "count 2", script)
     assert shown["lost"][1]["is_lost"] is True
     assert shown["gpus"][1]["is_lost"] is False
     assert shown["gpus"][1]["utilisation"] == 0.11
@@ -195,7 +164,7 @@ def test_a_hung_driver_answers_none_in_the_time_given(driver: Path, tmp_path: Pa
             time.sleep(0.01)
         show(silent=silent, later=later)
     """
-    shown = probe(driver, tmp_path, "count 1", script)
+    shown = probe(driver, tmp_path / "machine", "count 1", script)
     assert shown["silent"] == [None, None]
     assert shown["later"][0]["power_w"] == 70.0
 
@@ -210,7 +179,7 @@ def test_processes_carry_memory_and_use(driver: Path, tmp_path: Path) -> None:
         use 0 42 55 10 2000
     """
     script = "n = Nvml(); show(first=n.processes(), second=n.processes())"
-    shown = probe(driver, tmp_path, facts, script)
+    shown = probe(driver, tmp_path / "machine", facts, script)
     first, other = shown["first"]
     assert first["gpu"] == 0
     assert first["memory_bytes"] == 1000 * MIB
@@ -222,5 +191,7 @@ def test_processes_carry_memory_and_use(driver: Path, tmp_path: Path) -> None:
 def test_pcie_rates_are_bytes(driver: Path, tmp_path: Path) -> None:
     """The measured PCIe rates are bytes a second by card; instances have none of their own."""
     facts = "count 2\nmig 1 1\ngpu 0 pcie_tx_kbs=1500 pcie_rx_kbs=7\n"
-    rates = probe(driver, tmp_path, facts, "show(rates={str(k): v for k, v in Nvml().pcie_rates().items()})")["rates"]
+    rates = probe(
+        driver, tmp_path / "machine", facts, "show(rates={str(k): v for k, v in Nvml().pcie_rates().items()})"
+    )["rates"]
     assert rates == {"0": [1_500_000.0, 7_000.0], "1": [0.0, 0.0]}
