@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from agent.probe.cpu_ticks import CpuTicks, shares, ticks_of
 from agent.probe.host import ROOT
 
 DISKS_MAX = 32
@@ -106,7 +107,7 @@ class HostReader:
         self._has_cores = has_cores
         self._root = root
         self._files: dict[str, int] = {}
-        self._ticks: list[tuple[int, int, int]] = []
+        self._ticks: list[CpuTicks] = []
         self._before: dict[str, tuple[int, ...]] = {}
         self._read_at: float | None = None
         self.disks: tuple[str, ...] = ()
@@ -170,14 +171,11 @@ class HostReader:
         return text
 
     def _cpu(self) -> Cpu | None:
-        """Source: proc(5): user nice system idle iowait irq softirq steal; guest is counted in user."""
-        ticks = []
+        ticks: list[CpuTicks] = []
         for line in self._bytes("proc/stat").split(b"\n"):
             if not line.startswith(b"cpu"):
                 break
-            numbers = [int(text) for text in line.split()[1:9]]
-            total = sum(numbers)
-            ticks.append((total - numbers[3] - numbers[4], numbers[4], total))
+            ticks.append(ticks_of(line))
             if not self._has_cores:
                 break
         if not ticks:
@@ -185,8 +183,8 @@ class HostReader:
         before, self._ticks = self._ticks, ticks
         if len(before) != len(ticks):  # the first read, or a CPU came or went
             return Cpu(None, None, (None,) * (len(ticks) - 1))
-        shares = [_shares(now, then) for now, then in zip(ticks, before, strict=True)]
-        return Cpu(shares[0][0], shares[0][1], tuple(busy for busy, _ in shares[1:]))
+        used = [shares(now, then) for now, then in zip(ticks, before, strict=True)]
+        return Cpu(used[0][0], used[0][1], tuple(busy for busy, _ in used[1:]))
 
     def _memory(self) -> Memory | None:
         found = {name: int(value) * 1024 for name, value in _MEMORY.findall(self._bytes("proc/meminfo"))}
@@ -286,14 +284,6 @@ class HostReader:
 
 
 _PORT_COUNTERS = ("port_rcv_data", "port_xmit_data", "port_rcv_errors", "port_xmit_discards")
-
-
-def _shares(now: tuple[int, int, int], then: tuple[int, int, int]) -> tuple[float | None, float | None]:
-    """Busy and iowait between two readings; None when no tick has passed. iowait may fall in some kernels."""
-    busy, iowait, total = (a - b for a, b in zip(now, then, strict=True))
-    if total <= 0:
-        return None, None
-    return min(1.0, max(0.0, busy / total)), min(1.0, max(0.0, iowait / total))
 
 
 def _names(folder: Path) -> list[str]:

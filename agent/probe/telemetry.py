@@ -6,6 +6,7 @@ import os
 import threading
 from pathlib import Path
 
+from agent.probe.cpu_ticks import CpuTicks, shares, ticks_of
 from agent.probe.host import ROOT, disk_free_bytes, memory_available_bytes
 from agent.probe.nvml import Nvml
 from common.wire import Telemetry
@@ -23,18 +24,15 @@ class CpuMeter:
         """0..1 since the last call; 0 when no time has passed."""
         with self._lock:
             before, self._last = self._last, self._read()
-            busy, total = (now - then for now, then in zip(self._last, before, strict=True))
-            return min(1.0, max(0.0, busy / total)) if total > 0 else 0.0
+            busy, _ = shares(self._last, before)
+            return busy or 0.0
 
-    def _read(self) -> tuple[int, int]:
-        """(busy, all) in ticks. Source: proc(5): user nice system idle iowait irq softirq steal; guest is in user."""
+    def _read(self) -> CpuTicks:
         try:
-            with self._stat.open() as file:
-                ticks = [int(text) for text in file.readline().split()[1:9]]
+            with self._stat.open("rb") as file:
+                return ticks_of(file.readline())
         except (OSError, ValueError):
-            return 0, 0
-        total = sum(ticks)
-        return total - sum(ticks[3:5]), total
+            return CpuTicks(0, 0, 0)
 
 
 _METER = CpuMeter()
