@@ -30,6 +30,8 @@ from herder import __version__
 
 SCHEMA_VERSION = 1
 MAX_DETAIL = 200_000  # requests that are written one by one: a kilobyte of memory and text each
+ADJUSTED = ("ttft", "ttft_sched", "e2e", "e2e_sched")
+"""Latencies in whose percentiles a failed request counts as one that never ended."""
 
 
 class Throughput(msgspec.Struct, frozen=True):
@@ -138,45 +140,11 @@ def build(asked: Asked, outcome: Outcome) -> Report:
     scheduled, outcomes = records.column("scheduled"), records.column("outcome")
     inside = [code for at, code in zip(scheduled, outcomes, strict=True) if window.holds(at)]
     failed = sum(1 for code in inside if code)
-    adjusted = ("ttft", "ttft_sched", "e2e", "e2e_sched")
-    latency = {name: summarize(values, failed if name in adjusted else 0) for name, values in samples.items()}
+    latency = {name: summarize(values, failed if name in ADJUSTED else 0) for name, values in samples.items()}
     latency |= {"icl": of_histogram(records.icl), "itl": of_histogram(records.itl)}
-    lag = of_histogram(records.lag)
-    times, values = array("d"), array("d")
-    for at, last, code in records.columns("scheduled", "last", "outcome"):
-        if code == 0 and window.holds(at):
-            times.append(at / NS)
-            values.append((last - at) / MS)
-    steady = verdict.steadiness(times, values)
-    token_source = _main_source(records)
-    reasons = verdict.reasons(
-        records,
-        latency,
-        lag,
-        window,
-        planned=sum(1 for at in asked.due_ns if window.holds(at)) if asked.is_open else None,
-        sent_in_time=sum(
-            1
-            for at, acted, turn in records.columns("scheduled", "acted", "turn")
-            if turn == 0 and window.holds(at) and 0 <= acted < window.end_ns + verdict.LATE_FLOOR_NS
-        ),
-        is_interrupted=outcome.is_interrupted,
-        lost_workers=outcome.lost_workers,
-        is_offline=asked.is_offline,
-    )
-    warned = verdict.warnings(
-        records,
-        latency,
-        steady,
-        prepared=asked.prepared,
-        counted_by=asked.counted_by,
-        is_exact=asked.is_exact,
-        counted_as=token_source,
-        is_offline=asked.is_offline,
-    )
-    tokens = sum(records.grid.values())
-    cpu_s = sum(worker["cpu_s"] for worker in records.workers)
-    counts = verdict.counts_of(records)
+    lag, steady, token_source = of_histogram(records.lag), _steady(records, window), _main_source(records)
+    tokens, counts = sum(records.grid.values()), verdict.counts_of(records)
+    reasons = _reasons(asked, outcome, latency, lag, window)
     return Report(
         schema_version=SCHEMA_VERSION,
         kind="herder-bench",
@@ -186,7 +154,16 @@ def build(asked: Asked, outcome: Outcome) -> Report:
         plan=dict(asked.plan),
         is_valid=not reasons,
         reasons=reasons,
-        warnings=warned,
+        warnings=verdict.warnings(
+            records,
+            latency,
+            steady,
+            prepared=asked.prepared,
+            counted_by=asked.counted_by,
+            is_exact=asked.is_exact,
+            counted_as=token_source,
+            is_offline=asked.is_offline,
+        ),
         rules=verdict.RULES,
         formulas=FORMULAS,
         window={"begin_s": window.begin_ns / NS, "end_s": window.end_ns / NS, "rule": rule, "run_s": outcome.wall_s},
@@ -208,18 +185,55 @@ def build(asked: Asked, outcome: Outcome) -> Report:
         latency=latency,
         goodput=_goodput(asked, records, window, len(inside)),
         steady=steady,
-        generator=Generator(
-            records.workers,
-            lag,
-            records.facts.get("reads", 0),
-            records.facts.get("connections", 0),
-            records.facts.get("coalesced", 0),
-            cpu_s * 1e6 / tokens if tokens else None,
-        ),
+        generator=_generator(records, lag, tokens),
         classes=_parts(asked.classes, "class_id", records, window),
         series=series(records, asked.due_ns),
         histograms=_histograms(records, samples),
         endpoints=_parts(asked.endpoints, "endpoint", records, window),
+    )
+
+
+def _reasons(
+    asked: Asked, outcome: Outcome, latency: Mapping[str, Summary], lag: Summary, window: Window
+) -> list[Finding]:
+    """Why the run must not be believed."""
+    limit_ns = window.end_ns + verdict.LATE_FLOOR_NS
+    return verdict.reasons(
+        outcome.records,
+        latency,
+        lag,
+        window,
+        planned=sum(1 for at in asked.due_ns if window.holds(at)) if asked.is_open else None,
+        sent_in_time=sum(
+            1
+            for at, acted, turn in outcome.records.columns("scheduled", "acted", "turn")
+            if turn == 0 and window.holds(at) and 0 <= acted < limit_ns
+        ),
+        is_interrupted=outcome.is_interrupted,
+        lost_workers=outcome.lost_workers,
+        is_offline=asked.is_offline,
+    )
+
+
+def _steady(records: Records, window: Window) -> Steadiness:
+    """Whether the good answers of the window took as long at its end as at its beginning."""
+    times, values = array("d"), array("d")
+    for at, last, code in records.columns("scheduled", "last", "outcome"):
+        if code == 0 and window.holds(at):
+            times.append(at / NS)
+            values.append((last - at) / MS)
+    return verdict.steadiness(times, values)
+
+
+def _generator(records: Records, lag: Summary, tokens: int) -> Generator:
+    cpu_s = sum(worker["cpu_s"] for worker in records.workers)
+    return Generator(
+        records.workers,
+        lag,
+        records.facts.get("reads", 0),
+        records.facts.get("connections", 0),
+        records.facts.get("coalesced", 0),
+        cpu_s * 1e6 / tokens if tokens else None,
     )
 
 

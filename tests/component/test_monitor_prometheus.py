@@ -282,6 +282,8 @@ def test_silent_connections_shut_nobody_out_for_long(tmp_path: Path) -> None:
 
         until(answered, "answer beside silent connections")
         for connection in silent:
+            connection.settimeout(60)
+            assert connection.recv(100) == b""  # let go by the monitor, each of them
             connection.close()
     finally:
         monitor.stop()
