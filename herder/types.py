@@ -439,6 +439,8 @@ class PointView(Answer, frozen=True):
     started_ms: int | None = None
     ended_ms: int | None = None
     error: ErrorDetail | None = None
+    said: tuple[str, ...] = ()
+    """The reasons in words, with their numbers."""
 
 
 class BenchmarkView(Answer, frozen=True):

@@ -50,7 +50,7 @@ def _server(report: Report) -> list[str]:
         broken.append("arrivals are to be poisson (open loop)")
     seconds = report.window["end_s"] - report.window["begin_s"]
     if seconds < MIN_DURATION_S:
-        broken.append(f"at least {MIN_DURATION_S:g} s are to be measured, it were {seconds:.0f} s")
+        broken.append(f"at least {MIN_DURATION_S:g} s are to be measured, here it was {seconds:.0f} s")
     return broken
 
 
@@ -64,10 +64,10 @@ def _offline(asked: Asked, records: Records, report: Report) -> list[str]:
     if not is_at_once:
         broken.append("every request is to be due at the start: arrivals offline, or as much concurrency as requests")
     if len(records) < OFFLINE_SAMPLES:
-        broken.append(f"at least {OFFLINE_SAMPLES:,} requests, it were {len(records):,}")
+        broken.append(f"at least {OFFLINE_SAMPLES:,} requests, here it was {len(records):,}")
     last_s = max(records.column("end"), default=0) / 1e9
     if last_s < MIN_DURATION_S:
-        broken.append(f"at least {MIN_DURATION_S:g} s, it were {last_s:.0f} s")
+        broken.append(f"at least {MIN_DURATION_S:g} s, here it was {last_s:.0f} s")
     return broken
 
 

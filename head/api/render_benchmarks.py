@@ -57,6 +57,7 @@ def point_view(point: Point) -> api.PointView:
         status=cast(api.PointState, point.state),
         is_valid=point.is_valid,
         reasons=point.reasons,
+        said=point.said,
         coverage=point.figures.get("coverage", point.coverage),  # by the schedule, once it was judged
         skew_ms=point.skew_ms,
         figures=point.figures,

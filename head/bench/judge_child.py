@@ -84,7 +84,7 @@ def judge(question: Judge) -> Judged:
         write_kept(folder / LOAD_FILE, encode(merged.asked, merged.outcome))
         write_kept(folder / REPORT_FILE, msgspec.json.encode(plain))
     reasons = tuple(dict.fromkeys(reason["code"] for reason in plain["reasons"]))
-    return Judged(plain["is_valid"], reasons, figures)
+    return Judged(plain["is_valid"], reasons, figures, tuple(reason["said"] for reason in plain["reasons"]))
 
 
 def export(question: Export) -> int:

@@ -141,6 +141,7 @@ class Performer:
                 judged.reasons,
                 judged.figures,
                 error,
+                judged.said,
             )
         )
 

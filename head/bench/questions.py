@@ -73,3 +73,5 @@ class Judged(msgspec.Struct, frozen=True):
     is_valid: bool
     reasons: tuple[str, ...]
     figures: dict[str, float]
+    said: tuple[str, ...] = ()
+    """The reasons in words, each with its numbers."""

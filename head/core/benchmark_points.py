@@ -29,6 +29,12 @@ _JUDGE_MS = int(limits.JUDGE_S * 1000)
 _JUDGED_AGAIN_MS = 2 * _JUDGE_MS  # the shell is asked again when it has not answered for so long
 _REASONS = 32
 _FIGURES = 64
+_SAID = 12
+_SAID_CHARS = 300
+_IN_WORDS = {
+    "server_changed": "the service's engines were others at the end than at the start",
+    "degraded": "a load node was lost: its part of the load is missing, and nothing is scaled up for it",
+}
 
 
 def begin(turn: Turn, benchmark: Benchmark, recipe: BenchmarkRecipe, point: Point) -> None:
@@ -219,9 +225,11 @@ def judged(turn: Turn, point: Point, event: PointJudged) -> None:
     reasons = tuple(dict.fromkeys((*point.reasons, *event.reasons)))[:_REASONS]
     if point.coverage < 1 and "degraded" not in reasons:
         reasons = (*reasons, "degraded")
+    ours = [_IN_WORDS[code] for code in reasons if code in _IN_WORDS and code not in event.reasons]
+    said = tuple(sentence[:_SAID_CHARS] for sentence in (*ours, *event.said))[:_SAID]
     figures = dict(sorted(event.figures.items())[:_FIGURES])
     is_valid = event.is_valid and not reasons
-    done = replace(point, is_valid=is_valid, reasons=reasons, figures=figures)
+    done = replace(point, is_valid=is_valid, reasons=reasons, said=said, figures=figures)
     _end(turn, done, "completed", valid=is_valid, coverage=point.coverage)
 
 

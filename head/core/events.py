@@ -145,6 +145,7 @@ class PointJudged(Event, frozen=True):
     reasons: tuple[str, ...] = ()
     figures: dict[str, float] = {}
     error: ErrorInfo | None = None
+    said: tuple[str, ...] = ()  # the reasons in words
 
 
 class BenchmarkWritten(Event, frozen=True):

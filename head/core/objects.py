@@ -379,6 +379,7 @@ class Point(Object, frozen=True):
     coverage: float = 1.0  # share of the load nodes' parts that were really performed; below 1: one was lost
     is_valid: bool = False
     reasons: tuple[str, ...] = ()  # codes of why it is not
+    said: tuple[str, ...] = ()  # the same in words
     figures: dict[str, float] = {}  # the main figures of its report
     error: ErrorInfo | None = None
     note: str = ""  # what it waits for, in words

@@ -165,7 +165,8 @@ class Live:
         ended = [point for point in benchmark.points if point.status in view.ENDED]
         if ended:
             rows = [view.point_row(point) for point in ended[-POINTS_SHOWN:]]
-            lines += output.render_table(self._plain, view.POINTS, rows, width=WIDTH - 1).splitlines()
+            columns = view.points_columns(rows)
+            lines += output.render_table(self._plain, columns, rows, width=WIDTH - 1).splitlines()
         return lines
 
     def _draw(self) -> None:

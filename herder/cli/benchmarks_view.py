@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from common.bench.figures import changes_told, told
 from herder import types
 from herder.cli import output, text, views
 from herder.cli.command import Globals
-from herder.cli.table import Column
+from herder.cli.table import Column, clean, width_of
 
 ENDED = ("completed", "failed", "cancelled")
 LIST = (
@@ -54,6 +56,9 @@ COMPARED = (
 RECIPES = (Column("RECIPE"), Column("PATH", shrinks_to=16, rank=1), Column("DESCRIPTION", shrinks_to=20))
 FILES = (Column("FILE", shrinks_to=24), Column("SIZE", is_number=True))
 FILES_SHOWN = 12
+LOAD_MOST = 36
+SENTENCES = 6
+WIDTH = 80
 ARRIVED = ("ready", "done", "armed", "running")
 
 
@@ -108,6 +113,13 @@ def point_row(point: types.PointView) -> list[str]:
     ]
 
 
+def points_columns(rows: Sequence[Sequence[str]]) -> tuple[Column, ...]:
+    """POINTS for these rows: loads tell points apart, so that figures give way before they are cut."""
+    longest = max((width_of(row[1]) for row in rows), default=0)
+    load = replace(POINTS[1], shrinks_to=max(POINTS[1].shrinks_to, min(longest, LOAD_MOST)))
+    return (POINTS[0], load, *POINTS[2:])
+
+
 def ms(value: float | None) -> str:
     """Milliseconds in the unit that reads best: `0.85ms`, `24.6ms`, `1.24s`. None: `-`."""
     if value is None or not math.isfinite(value):
@@ -128,7 +140,8 @@ def shown(
     """A benchmark with its points, and what is wrong with them."""
     parts = [output.fields(options, _facts(benchmark, now_ms))]
     if benchmark.points:
-        parts.append(output.table(options, POINTS, [point_row(point) for point in benchmark.points], empty=""))
+        rows = [point_row(point) for point in benchmark.points]
+        parts.append(output.table(options, points_columns(rows), rows, empty=""))
     if remarks := remarks_of(benchmark):
         parts.append("\n".join(remarks))
     lost = [run for run in benchmark.runs if run.error is not None]
@@ -173,16 +186,30 @@ def _facts(benchmark: types.BenchmarkView, now_ms: int) -> list[tuple[str, str]]
 
 
 def remarks_of(benchmark: types.BenchmarkView) -> list[str]:
-    """Why points must not be believed, or failed; equal reasons together."""
-    found: dict[str, list[int]] = {}
+    """Why points must not be believed, or failed; equal reasons together, in the words of the first such point."""
+    found: dict[str, list[types.PointView]] = {}
     for point in benchmark.points:
         told = point_verdict(point)
         if point.error is not None:
-            found.setdefault(f"{told}: {_error(point.error)}", []).append(point.number)
+            found.setdefault(f"{told}: {_error(point.error)}", []).append(point)
         elif told in ("invalid", "degraded"):
             lost = f", {share(point.coverage)} of the load was performed" if point.coverage < 1 else ""
-            found.setdefault(f"{told}: {', '.join(point.reasons)}{lost}", []).append(point.number)
-    return [_with_points(said, numbers) for said, numbers in found.items()]
+            found.setdefault(f"{told}: {', '.join(point.reasons)}{lost}", []).append(point)
+    return [
+        "\n".join((_with_points(said, [point.number for point in points]), *_sentences(points)))
+        for said, points in found.items()
+    ]
+
+
+def _sentences(points: Sequence[types.PointView]) -> list[str]:
+    first = points[0]
+    lines = [] if first.error is not None else [clean(sentence) for sentence in first.said[:SENTENCES]]
+    if lines and len(points) > 1:
+        lines = [f"point {first.number}: {line}" for line in lines]
+    return [
+        textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+        for line in lines
+    ]
 
 
 def _with_points(said: str, points: Sequence[int]) -> str:

@@ -78,6 +78,7 @@ def test_a_lost_part_is_said(tmp_path: Path) -> None:
     async def test() -> None:
         judged = await Judges().ask(question(tmp_path, lost=(1,), skew_ms=9.0), Judged)
         assert {"degraded", "clock_skew_between_nodes"} <= set(judged.reasons)
+        assert any("1 of 3 parts are missing" in sentence for sentence in judged.said)
         report = json.loads((tmp_path / "point" / "report.json").read_bytes())
         assert report["coverage"]["missing"] == [{"part": 1, "node": "n1", "run": "bench-1.0.1", "why": "it is gone"}]
         assert judged.figures["coverage"] == pytest.approx(267 / 400)

@@ -260,6 +260,29 @@ class TestShow:
         assert benchmarks("show", BENCHMARK) == 0
         assert "it was killed (point 1)\n  hint: its log says more\n" in capsys.readouterr().out
 
+    def test_loads_tell_points_apart(self, head: BenchmarkHead, capsys: pytest.CaptureFixture[str]) -> None:
+        """Figures give way before the loads of a sweep are cut to the same text."""
+        loads = [{"prefix_tokens": 0}, {"prefix_tokens": 1024}]
+        head.views = deque([view("completed", *(point(at, changes=load) for at, load in enumerate(loads)))])
+        assert benchmarks("show", BENCHMARK) == 0
+        out = capsys.readouterr().out
+        assert "prefix_tokens=0 " in out
+        assert "prefix_tokens=1024 #2" in out
+        assert max(len(line) for line in out.splitlines()) <= 80
+
+    def test_reasons_are_told_in_words(self, head: BenchmarkHead, capsys: pytest.CaptureFixture[str]) -> None:
+        """Those of the first point with the same reasons, wrapped."""
+        said = ("MLPerf server: at least 600 s are to be measured, here it was 4 s", "answers were read late " * 5)
+        bad = [
+            point(at, is_valid=False, reasons=("mlperf_rules", "client_limited"), said=said, repetition=0)
+            for at in range(2)
+        ]
+        head.views = deque([view("completed", *bad, is_valid=False)])
+        assert benchmarks("show", BENCHMARK) == 0
+        out = capsys.readouterr().out
+        assert "invalid: mlperf_rules, client_limited (points 0, 1)\n  point 0: MLPerf server: at least 600 s" in out
+        assert max(len(line) for line in out.splitlines()) <= 80
+
     def test_not_found(self, head: BenchmarkHead) -> None:
         """404 is exit code 5."""
         assert benchmarks("show", "bench-000000000000") == 5

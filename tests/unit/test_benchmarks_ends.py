@@ -82,6 +82,7 @@ class TestServer:
         world.forget_all()
         assert world.point_states(key) == ["completed", "cancelled"]
         assert world.point(key).reasons == ("server_changed",)
+        assert "engines were others" in world.point(key).said[0]
         assert "was stopped" in str(world.benchmark(key).error)
 
     def test_through_the_gateway_it_has_a_key_of_its_own(self) -> None:

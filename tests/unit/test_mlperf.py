@@ -81,7 +81,7 @@ def test_an_offline_run_is_due_at_once_and_long() -> None:
     """Arrivals over time are no offline run, and a short one of few requests is none either."""
     text = said("offline", offline(400, spread_ns=10_000_000))
     assert "due at the start" in text
-    assert "at least 24,576 requests, it were 400" in text
+    assert "at least 24,576 requests, here it was 400" in text
     assert "at least 600 s" in text
 
 
