@@ -132,8 +132,8 @@ def window_of(asked: Asked, outcome: Outcome) -> tuple[Window, str]:
     return Window(begin, max(end, begin + GRID_NS)), rule
 
 
-def build(asked: Asked, outcome: Outcome) -> Report:
-    """The report of a finished run."""
+def build(asked: Asked, outcome: Outcome, due_ns: Sequence[int] | None = None) -> Report:
+    """The report of a finished run. due_ns: what of the schedule those who are in it had to send; None: all of it."""
     records = outcome.records
     window, rule = window_of(asked, outcome)
     samples = latencies(records, window)
@@ -144,7 +144,8 @@ def build(asked: Asked, outcome: Outcome) -> Report:
     latency |= {"icl": of_histogram(records.icl), "itl": of_histogram(records.itl)}
     lag, steady, token_source = of_histogram(records.lag), _steady(records, window), _main_source(records)
     tokens, counts = sum(records.grid.values()), verdict.counts_of(records)
-    reasons = _reasons(asked, outcome, latency, lag, window)
+    mine = asked.due_ns if due_ns is None else due_ns
+    reasons = _reasons(asked, outcome, latency, lag, window, mine)
     return Report(
         schema_version=SCHEMA_VERSION,
         kind="herder-bench",
@@ -194,7 +195,12 @@ def build(asked: Asked, outcome: Outcome) -> Report:
 
 
 def _reasons(
-    asked: Asked, outcome: Outcome, latency: Mapping[str, Summary], lag: Summary, window: Window
+    asked: Asked,
+    outcome: Outcome,
+    latency: Mapping[str, Summary],
+    lag: Summary,
+    window: Window,
+    due_ns: Sequence[int],
 ) -> list[Finding]:
     """Why the run must not be believed."""
     limit_ns = window.end_ns + verdict.LATE_FLOOR_NS
@@ -203,7 +209,7 @@ def _reasons(
         latency,
         lag,
         window,
-        planned=sum(1 for at in asked.due_ns if window.holds(at)) if asked.is_open else None,
+        planned=sum(1 for at in due_ns if window.holds(at)) if asked.is_open else None,
         sent_in_time=sum(
             1
             for at, acted, turn in outcome.records.columns("scheduled", "acted", "turn")

@@ -6,6 +6,7 @@ and the run is not valid then.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +81,7 @@ def judge(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The report of a point as plain data, and its main figures. parts: how many load nodes there were to be."""
     asked, outcome = merged.asked, merged.outcome
-    made = report.build(asked, outcome)
+    made = report.build(asked, outcome, _due_of(merged, parts))
     coverage = coverage_of(merged, parts)
     found = [*made.reasons, *_more_reasons(merged, parts, coverage, skew_ms)]
     if scenario:
@@ -105,9 +106,7 @@ def coverage_of(merged: Merged, parts: int) -> dict[str, Any]:
     for. due: those of the parts that came. performed: those that were begun. share: due / planned, else of the slots.
     """
     plan, asked = merged.asked.plan, merged.asked
-    workers = max(1, int(plan.get("workers") or 1))
-    everywhere = parts * workers
-    mine = [number for part in merged.came for number in range(part.part * workers, (part.part + 1) * workers)]
+    mine, everywhere = _shares(merged, parts)
     planned: int | None
     if asked.is_open:
         planned = len(asked.due_ns)
@@ -130,6 +129,22 @@ def coverage_of(merged: Merged, parts: int) -> dict[str, Any]:
         "performed": begun,
         "share": (share or 0) / whole if whole else len(merged.came) / parts,
     }
+
+
+def _shares(merged: Merged, parts: int) -> tuple[list[int], int]:
+    """The numbers of the processes whose parts came, and how many processes there were to be."""
+    workers = max(1, int(merged.asked.plan.get("workers") or 1))
+    mine = [number for part in merged.came for number in range(part.part * workers, (part.part + 1) * workers)]
+    return mine, parts * workers
+
+
+def _due_of(merged: Merged, parts: int) -> Sequence[int]:
+    """The schedule of the parts that came: that a node was lost is no rate that the others have missed."""
+    if not merged.missing:
+        return merged.asked.due_ns
+    mine, everywhere = _shares(merged, parts)
+    due = merged.asked.due_ns
+    return array("q", (at for number in mine for at in due[number::everywhere]))
 
 
 def _check(asked: Asked, outcome: Outcome) -> None:
@@ -166,8 +181,6 @@ def _is_same(one: Asked, other: Asked) -> bool:
 
 
 def _bytes(asked: Asked) -> bytes:
-    from array import array
-
     return asked.due_ns.tobytes() if isinstance(asked.due_ns, array) else array("q", asked.due_ns).tobytes()
 
 
