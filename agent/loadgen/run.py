@@ -42,6 +42,7 @@ class _Worker:
     buffer: bytearray = field(default_factory=bytearray)
     is_ready: bool = False
     is_over: bool = False
+    is_told: bool = False
     records: Records | None = None
 
 
@@ -94,7 +95,8 @@ class Crew:
         self._tell(_STOP if self._stops == 1 else _CANCEL)
         if self._stops > 2:
             for worker in self._workers:
-                _kill(worker)
+                if not worker.is_over:
+                    _kill(worker)
 
     def finish(self, on_turn: Callable[[], None] | None = None) -> Outcome:
         """Listens until all have ended; gives what was measured. on_turn: called twice a second and more often."""
@@ -123,6 +125,8 @@ class Crew:
             data = os.read(fd, 1 << 20)
             if not data:
                 worker.is_over = True
+                if worker.records is None and not worker.is_told:
+                    self.outcome.said.append(_end_of(worker))
                 continue
             worker.buffer += data
             for message in _messages(worker.buffer):
@@ -179,6 +183,12 @@ def on_signals(work: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, old)
 
 
+def _end_of(worker: _Worker) -> str:
+    """How one has ended that said nothing: its pipe is closed, so that it is gone or about to be."""
+    code = os.waitstatus_to_exitcode(os.waitpid(worker.pid, 0)[1])
+    return f"one was killed by signal {-code}" if code < 0 else f"one exited with code {code}"
+
+
 def _kill(worker: _Worker) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(worker.pid, signal.SIGKILL)
@@ -210,6 +220,7 @@ def _take(
         case "done":
             worker.records = Records.from_wire(message["records"])
         case "broken":
+            worker.is_told = True
             outcome.said.append(str(message["said"]))
 
 

@@ -151,6 +151,20 @@ async def test_worker_is_killed_before_the_start(tmp_path: Path, door: Door) -> 
         assert "before the start" in result.error.message
 
 
+async def test_every_worker_is_killed(tmp_path: Path, door: Door) -> None:
+    """Without any worker nothing was measured: the run fails, and tells by what signal they went."""
+    async with rig(tmp_path, door) as agent:
+        await agent.armed(spec={"duration": 60.0})
+        agent.command(fire())
+        await until(lambda: len(door.asked) > 5, "load")
+        (worker,) = [pid for pid in agent.members() if pid != agent.state.runs[RUN].pid]
+        os.kill(worker, signal.SIGKILL)
+        result = await agent.result()
+        assert (result.outcome, result.error and result.error.code) == ("failed", "run_failed")
+        assert result.error is not None
+        assert result.error.message.endswith("came to its end: one was killed by signal 9")
+
+
 async def test_node_is_rebooted(tmp_path: Path, door: Door) -> None:
     """A run that a reboot cut off has failed, and its log still tells how far it was."""
     async with rig(tmp_path, door, boot_id="boot-before") as agent:
