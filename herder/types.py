@@ -440,7 +440,7 @@ class PointView(Answer, frozen=True):
     ended_ms: int | None = None
     error: ErrorDetail | None = None
     said: tuple[str, ...] = ()
-    """The reasons in words, with their numbers."""
+    """The reasons in words, with their numbers, and what servers answered to requests that failed."""
 
 
 class BenchmarkView(Answer, frozen=True):

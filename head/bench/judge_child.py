@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from head.bench.store import LOAD_FILE, REPORT_FILE, told, write_kept
 from head.bench.summary import summary_csv
 
 PR_SET_PDEATHSIG = 1
+ERRORS_TOLD = 2  # kinds of failed requests that are told with the reasons
 SERIES_BYTES = 268_435_456  # of monitors' files in a page, all together; what is beyond is in the files only
 
 
@@ -84,7 +86,16 @@ def judge(question: Judge) -> Judged:
         write_kept(folder / LOAD_FILE, encode(merged.asked, merged.outcome))
         write_kept(folder / REPORT_FILE, msgspec.json.encode(plain))
     reasons = tuple(dict.fromkeys(reason["code"] for reason in plain["reasons"]))
-    return Judged(plain["is_valid"], reasons, figures, tuple(reason["said"] for reason in plain["reasons"]))
+    return Judged(plain["is_valid"], reasons, figures, _in_words(plain))
+
+
+def _in_words(plain: Mapping[str, Any]) -> tuple[str, ...]:
+    """The reasons, and what servers answered to requests that failed: the commonest kinds, with their first words."""
+    errors = plain.get("errors") or {}
+    samples = plain.get("error_samples") or {}
+    kinds = sorted(errors, key=lambda kind: -errors[kind])[:ERRORS_TOLD]
+    failed = [": ".join((f"{errors[kind]:,} x {kind}", *samples.get(kind, ())[:1])) for kind in kinds]
+    return (*(reason["said"] for reason in plain["reasons"]), *failed)
 
 
 def export(question: Export) -> int:

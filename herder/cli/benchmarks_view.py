@@ -195,6 +195,8 @@ def remarks_of(benchmark: types.BenchmarkView) -> list[str]:
         elif told in ("invalid", "degraded"):
             lost = f", {share(point.coverage)} of the load was performed" if point.coverage < 1 else ""
             found.setdefault(f"{told}: {', '.join(point.reasons)}{lost}", []).append(point)
+        elif point.said:
+            found.setdefault(f"{told}, with errors", []).append(point)
     return [
         "\n".join((_with_points(said, [point.number for point in points]), *_sentences(points)))
         for said, points in found.items()

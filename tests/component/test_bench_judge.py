@@ -86,6 +86,23 @@ def test_a_lost_part_is_said(tmp_path: Path) -> None:
     run(test)
 
 
+def test_what_servers_answered_is_said(tmp_path: Path) -> None:
+    """Beside the reasons: how many failed, and the first words that came with them."""
+
+    async def test() -> None:
+        asked = asked_of(400)
+        (outcome,) = parts_of(asked, 1, failing=1.0)
+        outcome.records.errors["http_5xx"] = ["501 start it with --embeddings", "another"]
+        path = tmp_path / "part.bin"
+        path.write_bytes(encode(asked, outcome))
+        part = PartFile(0, "n1", "bench-1.0.0", str(path), "done", None)
+        judged = await Judges().ask(Judge(str(tmp_path / "point"), (part,)), Judged)
+        assert "no_success" in judged.reasons
+        assert judged.said[-1] == "400 x http_5xx: 501 start it with --embeddings"
+
+    run(test)
+
+
 def test_nothing_came(tmp_path: Path) -> None:
     """An error of the point, and no report."""
 

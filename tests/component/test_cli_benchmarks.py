@@ -283,6 +283,12 @@ class TestShow:
         assert "invalid: mlperf_rules, client_limited (points 0, 1)\n  point 0: MLPerf server: at least 600 s" in out
         assert max(len(line) for line in out.splitlines()) <= 80
 
+    def test_errors_of_a_valid_point_are_told(self, head: BenchmarkHead, capsys: pytest.CaptureFixture[str]) -> None:
+        """What the server answered stands below the table."""
+        head.views = deque([view("completed", point(0), point(2, said=("3 x http_5xx: 503 loading",)))])
+        assert benchmarks("show", BENCHMARK) == 0
+        assert "valid, with errors (point 2)\n  3 x http_5xx: 503 loading\n" in capsys.readouterr().out
+
     def test_not_found(self, head: BenchmarkHead) -> None:
         """404 is exit code 5."""
         assert benchmarks("show", "bench-000000000000") == 5
