@@ -12,6 +12,7 @@ from herder.cli.command import Duration, Globals, KeyValue, pass_globals, verb
 
 if TYPE_CHECKING:
     from agent.loadgen.order import Order
+    from herder.settings import Settings
 
 EXAMPLES = (
     "herder bench http://localhost:8000 --model llama --rate 10 --duration 60s",
@@ -131,7 +132,7 @@ def command(options: Globals, /, **given: Any) -> int:
             given["targets"],
             given["spread"],
             headers,
-            options.ca_file,
+            options.ca_file or _own_ca_for_all(options, given["targets"]),
             is_unverified=given["insecure"],
             password_file=given["password_file"],
         )
@@ -175,18 +176,35 @@ def _token_for(options: Globals, url: str, headers: tuple[str, ...]) -> str:
 
     No other server ever gets a token that was not meant for it. Raises: HerderConfigError.
     """
-    from urllib.parse import urlsplit
-
-    from herder.settings import discover, read_token_file
+    from herder.settings import read_token_file
 
     if any(header.lower().startswith("authorization:") for header in headers):
         return ""
     if options.token_file:
         return read_token_file(Path(options.token_file))
+    own = _own(options, url)
+    return own.token if own else ""
+
+
+def _own_ca_for_all(options: Globals, urls: tuple[str, ...]) -> str | None:
+    """Who signed the head's certificate, as every command finds it, when it is the only target; else None."""
+    own = _own(options, urls[0]) if len(urls) == 1 and urls[0].startswith("https://") else None
+    return (own.ca_file or None) if own else None
+
+
+def _own(options: Globals, url: str) -> Settings | None:
+    """The settings of the head when it is what is meant by the URL. Raises: HerderConfigError."""
+    from urllib.parse import urlsplit
+
+    from herder.settings import discover
+
     own = discover(url=options.url, context=options.context)
     there, here = urlsplit(url if "://" in url else f"http://{url}"), urlsplit(own.url)
-    is_own = (there.scheme, there.hostname, there.port) == (here.scheme, here.hostname, here.port)
-    return own.token if is_own else ""
+    try:
+        is_own = (there.scheme, there.hostname, there.port) == (here.scheme, here.hostname, here.port)
+    except ValueError:  # a port that is none: what it is aimed with says so
+        return None
+    return own if is_own else None
 
 
 def _detailed(report: Any, outcome: Any) -> tuple[dict[str, Any], str]:

@@ -21,8 +21,9 @@ from agent.loadgen.words import WORDS, Words
 from agent.loadgen.workload import Item, api_for, prepare
 from common.bench.scenario import Shape, parse
 from common.bench.spec import LoadSpec
-from herder.cli.bench import _token_for, _token_for_all, command
+from herder.cli.bench import _own_ca_for_all, _token_for, _token_for_all, command
 from herder.cli.command import Globals
+from herder.cli.main import run
 
 
 @pytest.mark.parametrize(
@@ -472,6 +473,26 @@ def test_a_token_goes_to_its_own_head_only(tmp_path: Path, monkeypatch: pytest.M
     assert _token_for(Globals(token_file=str(named)), "http://engine.example:8000", ()) == "other"
     assert _token_for_all(options, ("http://127.0.0.1:18470", "http://127.0.0.1:8000"), ()) == ""
     assert _token_for_all(options, ("http://127.0.0.1:18470/a", "127.0.0.1:18470/b"), ()) == "hdr_admin_x_secret"
+
+
+def test_a_head_is_trusted_by_its_own_authority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The authority that other commands use for the head counts for load on its gateway, and for no other server."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HERDER_STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("HERDER_URL", "https://127.0.0.1:18470")
+    monkeypatch.setenv("HERDER_CA_FILE", "/etc/herder/ca.crt")
+    for name in ("HERDER_TOKEN", "HERDER_TOKEN_FILE", "HERDER_CONTEXT", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert _own_ca_for_all(Globals(), ("https://127.0.0.1:18470/v1",)) == "/etc/herder/ca.crt"
+    for others in (("https://127.0.0.1:18471",), ("http://127.0.0.1:18470",), ("https://127.0.0.1:18470", "https://x")):
+        assert _own_ca_for_all(Globals(), others) is None
+
+
+@pytest.mark.parametrize("url", ["http://host:word", "https://host:99999"])
+def test_a_port_that_is_none_is_wrong_usage(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said with the URL, and no traceback."""
+    assert run(["bench", url, "--model", "m", "--rate", "1", "--duration", "1s"], Globals()) == 2
+    assert url in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", ["--model m --rate 50 --duration 2s", "--model m --concurrency 7 --requests 20"])
