@@ -8,6 +8,7 @@ from typing import TypeVar
 import msgspec
 
 from agent.mover.protocol import FRAME_BYTES, LENGTH
+from herder.decoding import UNREADABLE
 
 T = TypeVar("T")
 
@@ -25,5 +26,5 @@ async def read_frame(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Deco
         return decoder.decode(await reader.readexactly(length))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise BrokenFrame(str(error)) from None

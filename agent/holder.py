@@ -24,13 +24,12 @@ import threading
 import time
 from pathlib import Path
 
-import msgspec
-
 from agent import holder_protocol as protocol
 from agent.probe.host import memory_available_bytes
 from agent.residency import MappedSet, pages_bytes, why_not_lock
 from common import fsio, ids
 from common.errors import Cancelled, HerderError, Internal, MemoryFull, NotFound
+from herder.decoding import UNREADABLE
 
 CONNECTIONS = 16
 REPORT_S = 0.25
@@ -278,7 +277,7 @@ class _Session:
         holder = self._holder
         mode = "cache" if holder.tmpfs is None else "tmpfs"
         self._send(protocol.Ready("", os.getpid(), holder.budget_bytes, holder.why_unlocked, mode))
-        with contextlib.suppress(OSError, msgspec.DecodeError), self._channel.makefile("rb") as stream:
+        with contextlib.suppress(OSError, *UNREADABLE), self._channel.makefile("rb") as stream:
             while len(head := stream.read(protocol.LENGTH.size)) == protocol.LENGTH.size:
                 length = protocol.LENGTH.unpack(head)[0]
                 if length > protocol.FRAME_BYTES:

@@ -14,6 +14,7 @@ import msgspec
 
 from agent.core.objects import KINDS, Object, Record
 from common.errors import StateCorrupt, StateLocked, StateTooNew
+from herder.decoding import UNREADABLE
 
 SCHEMA = 1
 _encode = msgspec.json.Encoder().encode
@@ -67,7 +68,7 @@ class Ledger:
                 continue  # of a later version that was taken back; it is kept and left alone
             try:
                 found.append(decoder.decode(body))
-            except msgspec.DecodeError as error:
+            except UNREADABLE as error:
                 raise StateCorrupt(f"{self.path}: {kind} {key}: {error}") from None
         return found
 

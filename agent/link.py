@@ -26,6 +26,7 @@ from common.backoff import full_jitter_ms
 from common.clock import Clock, boottime_ms, boottime_ns
 from common.errors import HerderError, InvalidRequest
 from common.telemetry import fields
+from herder.decoding import UNREADABLE
 
 log = logging.getLogger(__name__)
 PATH = "/api/v1/agent"
@@ -298,7 +299,7 @@ class Link:
                 return
             try:
                 message = wire.decode(frame.data)
-            except msgspec.DecodeError as error:
+            except UNREADABLE as error:
                 session.put(wire.encode(_refusal(frame.data, error)))
                 continue
             if isinstance(message, wire.ClockAsk):  # past all queues: what waits in them would widen the estimate
@@ -372,7 +373,7 @@ class _AnyCommand(msgspec.Struct, frozen=True):
     generation: int
 
 
-def _refusal(data: str | bytes, error: msgspec.DecodeError) -> wire.Result:
+def _refusal(data: str | bytes, error: Exception) -> wire.Result:
     """The answer to a command of a kind or form that is not known here: else the head would repeat it for ever.
 
     Raises: Ended for a frame that is no command.
@@ -380,7 +381,7 @@ def _refusal(data: str | bytes, error: msgspec.DecodeError) -> wire.Result:
     try:
         envelope = msgspec.json.decode(data, type=wire.Envelope)
         command = msgspec.json.decode(envelope.body, type=_AnyCommand)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         raise _unreadable(error) from None
     if envelope.kind != "command":
         raise _unreadable(error)
@@ -390,14 +391,14 @@ def _refusal(data: str | bytes, error: msgspec.DecodeError) -> wire.Result:
     return wire.Result(command.op_id[:512], command.generation, "failed", error=info)
 
 
-def _unreadable(error: msgspec.DecodeError) -> Ended:
+def _unreadable(error: Exception) -> Ended:
     return Ended(f"the head sent what cannot be read: {error}"[:300])
 
 
 def _decode(data: str | bytes) -> wire.Message | None:
     try:
         return wire.decode(data)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise _unreadable(error) from None
 
 

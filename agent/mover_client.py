@@ -27,6 +27,7 @@ from common.backoff import full_jitter_ms
 from common.clock import boottime_ms
 from common.errors import ErrorInfo, HerderError, Unavailable, from_info
 from common.telemetry import fields
+from herder.decoding import UNREADABLE
 
 log = logging.getLogger(__name__)
 READY_TIMEOUT_S = 300.0  # a large store is recovered first
@@ -141,7 +142,7 @@ class MoverClient:
         try:
             own = msgspec.json.decode(said, type=ErrorInfo)
             words, hint = f"{own.code}: {own.message}", own.hint
-        except msgspec.DecodeError:
+        except UNREADABLE:
             words, hint = said or self.last_error, "its lines stand in the agent's log"
         return Unavailable(f"this node's mover does not start: {words}"[:500], hint=hint[:300]).info()
 

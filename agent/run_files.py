@@ -19,6 +19,7 @@ from common import limits
 from common.errors import NotFound
 from common.statedir import write_secret
 from common.wire import EnsureReplica
+from herder.decoding import UNREADABLE
 
 T = TypeVar("T")
 FORGOTTEN_KEPT = 512  # replicas that are gone, whose logs are still kept, as far as the sweep of log_retention.py does
@@ -169,5 +170,5 @@ def _tidy(directory: Path) -> None:
 def _read(path: Path, kind: type[T]) -> T | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE):
         return None

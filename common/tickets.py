@@ -15,6 +15,7 @@ import msgspec
 from blake3 import blake3
 
 from common.errors import Forbidden
+from herder.decoding import UNREADABLE
 
 
 class Ticket(msgspec.Struct, frozen=True, array_like=True):
@@ -48,7 +49,7 @@ def check(text: str, key: bytes, *, node_id: str, now_boottime_ms: int) -> Ticke
         raise Forbidden("the transfer ticket is not valid here")
     try:
         ticket = _decoder.decode(base64.urlsafe_b64decode(payload))
-    except (ValueError, msgspec.DecodeError):
+    except (ValueError, *UNREADABLE):
         raise Forbidden("the transfer ticket cannot be read") from None
     if ticket.serving_node != node_id or ticket.until_boottime_ms < now_boottime_ms:
         raise Forbidden("the transfer ticket is for another node or has ended")

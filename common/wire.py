@@ -20,6 +20,7 @@ from msgspec.structs import force_setattr
 
 from common.errors import ErrorInfo
 from common.manifest import Manifest
+from herder.decoding import UNREADABLE
 
 FEATURE_REPORT_PAGES = "report_pages"
 BYTES_MAX = 1 << 60  # sums and ratios of what agents say stay numbers that can be computed with
@@ -577,18 +578,18 @@ def encode(message: Message) -> bytes:
 def decode(frame: bytes | str) -> Message | None:
     """The message in a frame, or None when its kind is not known here.
 
-    Raises: msgspec.DecodeError (ValidationError is one) when the frame or the body is not what its kind says.
+    Raises: UNREADABLE of herder.decoding when the frame or the body is not what its kind says.
     """
     return body_of(_envelopes.decode(frame))
 
 
 def envelope(frame: bytes | str) -> Envelope:
-    """The frame's kind, and its body as it came. Raises: msgspec.DecodeError."""
+    """The frame's kind, and its body as it came. Raises: as `decode`."""
     return _envelopes.decode(frame)
 
 
 def body_of(envelope: Envelope) -> Message | None:
-    """The message in an envelope, or None when its kind is not known here. Raises: msgspec.DecodeError."""
+    """The message in an envelope, or None when its kind is not known here. Raises: as `decode`."""
     decoder = _decoders.get(envelope.kind)
     return None if decoder is None else decoder.decode(envelope.body)
 
@@ -597,5 +598,5 @@ def readings(body: bytes) -> Telemetry | None:
     """The body of a telemetry frame; None when it cannot be read: readings may be lost at any time."""
     try:
         return _readings.decode(body)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return None

@@ -48,6 +48,7 @@ from head.core.objects import KINDS, Job, Object
 from head.core.records import Record
 from head.core.state import State, restore, restore_job
 from head.journal_schema import APPLICATION_ID, MIGRATIONS, check_identity, publish
+from herder.decoding import UNREADABLE
 from herder.types import StoryLine
 
 log = logging.getLogger(__name__)
@@ -471,7 +472,7 @@ def _decoded(decoders: dict[str, msgspec.json.Decoder[Object]], kind: str, key: 
         raise StateTooNew(f"the journal holds a {kind!r}, which this version does not know", hint="upgrade the head")
     try:
         thing = decoder.decode(body)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise StateCorrupt(f"{kind} {key!r} in the journal cannot be read: {error}") from None
     if thing.key != key:
         raise StateCorrupt(f"{kind} {key!r} in the journal calls itself {thing.key!r}")

@@ -21,6 +21,7 @@ from common.statedir import StateDir, sync_folder
 from common.telemetry import fields
 from head.core.objects import Meta
 from head.journal_schema import FILE_NAME, publish, verify
+from herder.decoding import UNREADABLE
 
 log = logging.getLogger(__name__)
 EPOCH_JUMP = 1_000
@@ -62,7 +63,7 @@ def restore(backup: Path, state_dir: Path, *, is_forced: bool = False, allow_net
             meta, revision = _jump(part)
             kept = _set_aside(target)
             publish(part, target)
-        except (sqlite3.Error, msgspec.MsgspecError, KeyError, TypeError) as error:
+        except (sqlite3.Error, *UNREADABLE, KeyError, TypeError) as error:
             raise StateCorrupt(f"{backup} is not a backup of a head: {error}") from None
         except OSError as error:
             raise InvalidConfig(f"{backup} could not be restored: {error}", hint="is there space for it?") from None

@@ -39,6 +39,7 @@ from head.context import IdSource
 from head.core import events as ev
 from head.driver import Driver
 from head.log_broker import LogBroker
+from herder.decoding import UNREADABLE
 
 log = logging.getLogger(__name__)
 HELLO_RATE_TLS_PER_S = 300  # a TLS handshake costs six times a plain one
@@ -233,7 +234,7 @@ class Sessions:
             envelope = wire.envelope(frame)
             is_readings = envelope.kind == "telemetry"
             message = None if is_readings else wire.body_of(envelope)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             self._bad(session, InvalidRequest(f"a frame cannot be read: {error}"))
             return
         if not is_readings and message is None:
@@ -263,7 +264,7 @@ class Sessions:
             raise TooMany("too many agents say hello at once", hint="come back after the delay that was sent")
         try:
             hello = wire.decode(frame)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise InvalidRequest(f"hello cannot be read: {error}") from None
         if not isinstance(hello, wire.Hello):
             raise InvalidRequest("the first frame must be hello")

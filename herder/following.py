@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from herder.decoding import UNREADABLE
 from herder.errors import HerderApiError, HerderConnectionError, HerderError, HerderTimeoutError
 from herder.transport import PREFIX, RETRIED_STATUSES, Transport, segment
 from herder.types import BenchmarkTick, BenchmarkView, Event, JobView, ServiceView
@@ -124,7 +125,7 @@ def _event(name: str, data: str, after: int | None) -> Event:
         return Event(id=after or 0, at_ms=0, what="reset", kind="", key="", cause="")
     try:
         return msgspec.json.decode(data, type=Event)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise HerderApiError("unexpected_answer", f"an event cannot be read: {error}") from None
 
 
@@ -208,7 +209,7 @@ async def live_benchmark(transport: Transport, benchmark_id: str) -> AsyncGenera
 def _tick(data: str) -> BenchmarkTick:
     try:
         return msgspec.json.decode(data, type=BenchmarkTick)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise HerderApiError("unexpected_answer", f"a second of a benchmark cannot be read: {error}") from None
 
 
@@ -301,7 +302,7 @@ async def chat(transport: Transport, body: dict[str, Any], *, idle_timeout_s: fl
                 return
             try:
                 part = msgspec.json.decode(data, type=_Completion)
-            except msgspec.DecodeError as error:
+            except UNREADABLE as error:
                 raise HerderApiError("unexpected_answer", f"the engine's stream cannot be read: {error}") from None
             if part.error is not None:
                 raise _stream_error(part.error)

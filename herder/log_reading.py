@@ -13,6 +13,7 @@ from contextlib import aclosing
 
 import msgspec
 
+from herder.decoding import UNREADABLE
 from herder.errors import HerderApiError, HerderConnectionError, HerderError
 from herder.following import LINE_BYTES, RECONNECT_BASE_S, RECONNECT_CAP_S, UNREACHABLE_S, is_passing
 from herder.transport import PREFIX, Transport
@@ -86,5 +87,5 @@ async def _once(
 def _entry(line: bytes) -> LogEntry:
     try:
         return msgspec.json.decode(line, type=LogEntry)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise HerderApiError("unexpected_answer", f"an entry of the log cannot be read: {error}") from None

@@ -22,6 +22,7 @@ import msgspec
 from yarl import URL
 
 from herder import __version__
+from herder.decoding import UNREADABLE
 from herder.errors import (
     HerderApiError,
     HerderConfigError,
@@ -251,7 +252,7 @@ def _decode(raw: bytes, type_: type[T], method: str, path: str) -> T:
         return raw  # type: ignore[return-value]
     try:
         return msgspec.json.decode(raw, type=type_)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise HerderApiError(
             "unexpected_answer",
             f"{method} {path}: the answer is not what a head of this version says: {error}",
@@ -264,7 +265,7 @@ def _api_error(response: aiohttp.ClientResponse, raw: bytes) -> HerderApiError:
     try:
         found = msgspec.json.decode(raw, type=ErrorAnswer).error
         code, message, hint, details = found.code, found.message, found.hint, dict(found.details)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         code, message = f"http_{response.status}", f"{response.status} {response.reason or ''}".strip()
         hint = "this answer did not come from a head; is the address right?"
     after = response.headers.get("Retry-After", "")

@@ -16,6 +16,7 @@ ModelType = Literal["llm", "embedding", "reranker", "diffusion", "vision", "audi
 Role = Literal["admin", "operator", "viewer", "agent", "inference"]
 Action = Literal["download", "move", "copy", "serve", "stop_serve", "delete", "health_check", "benchmark"]
 BenchmarkState = Literal["pending", "preparing", "running", "finishing", "completed", "failed", "cancelled"]
+Verdict = Literal["", "valid", "degraded", "invalid"]
 PointState = Literal[
     "pending", "preparing", "armed", "running", "collecting", "judging", "completed", "failed", "cancelled"
 ]
@@ -470,6 +471,8 @@ class BenchmarkView(Answer, frozen=True):
     facts: dict[str, Any] = {}
     labels: dict[str, str] = {}
     error: ErrorDetail | None = None
+    verdict: Verdict = ""
+    """The worst of its points; empty until it is completed."""
 
 
 class BenchmarkFile(Answer, frozen=True):

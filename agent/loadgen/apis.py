@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from herder.decoding import UNREADABLE
+
 Framing = Literal["sse", "lines", "body", "rows"]
 NOTHING, OUTPUT, REASONING = range(3)
 MAX_ERROR = 300
@@ -41,6 +43,10 @@ class Answer:
             self.texts.append(said)
         else:
             self.texts.append(thought if isinstance(thought, str) else "")
+
+    def take(self, kind: int, text: str) -> None:
+        """Keeps a piece of output or of reasoning."""
+        self.keep(*((text, None) if kind == OUTPUT else (None, text)))
 
 
 Reader = Callable[[bytes, Answer], int]
@@ -103,7 +109,7 @@ def read_openai_event(payload: bytes, answer: Answer) -> int:
         chunk = _DECODE(payload)
     except msgspec.ValidationError:
         return _read_loosely(payload, answer)
-    except (msgspec.DecodeError, RecursionError):
+    except UNREADABLE:
         answer.error = "an event that is not JSON"
         return NOTHING
     usage = chunk.usage
@@ -133,7 +139,7 @@ def read_openai_event(payload: bytes, answer: Answer) -> int:
 def _loose(payload: bytes) -> Mapping[str, Any]:
     try:
         value = msgspec.json.decode(payload)
-    except (msgspec.DecodeError, RecursionError):
+    except UNREADABLE:
         return {"error": "an answer that is not JSON"}
     return value if isinstance(value, dict) else {}
 

@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
+from herder.decoding import UNREADABLE
+
 Kind = Literal["sharegpt", "hellaswag", "alpaca", "jsonl", "csv", "text"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MAX_ROWS = 1_000_000
@@ -154,7 +156,7 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         if start[:1] == b"[":
             try:
                 rows = msgspec.json.decode(file.read().removeprefix(b"\xef\xbb\xbf"))
-            except (msgspec.DecodeError, RecursionError) as error:
+            except UNREADABLE as error:
                 raise ValueError(f"{path.name} is not JSON: {error}") from None
             yield from (row for row in rows if isinstance(row, dict))
             return
@@ -165,7 +167,7 @@ def _json_rows(path: Path) -> Iterator[Mapping[str, Any]]:
                 continue
             try:
                 row = msgspec.json.decode(line.removeprefix(b"\xef\xbb\xbf"))
-            except (msgspec.DecodeError, RecursionError) as error:
+            except UNREADABLE as error:
                 raise ValueError(f"{path.name}, line {number}: not JSON: {error}") from None
             if isinstance(row, dict):
                 yield row

@@ -22,6 +22,7 @@ import msgspec
 
 from agent.loadgen.target import Target
 from agent.loadgen.words import WORDS, Words
+from herder.decoding import UNREADABLE
 
 MAX_CALLS = 10_000
 MAX_DISTINCT = 2_000  # words of a dataset whose tokens are asked for; the corpus ends where there would be more
@@ -81,7 +82,7 @@ class TokenServer:
                 # A kept connection may have been closed by the server since.
                 if is_fresh or is_last:
                     raise ValueError(f"{self.url} cannot be asked for tokens: {error}") from None
-            except msgspec.DecodeError:
+            except UNREADABLE:
                 self.close()
                 raise ValueError(f"{self.url} does not answer in JSON") from None
         raise AssertionError("unreachable")

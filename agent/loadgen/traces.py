@@ -17,6 +17,8 @@ from typing import Literal, TextIO
 
 import msgspec
 
+from herder.decoding import UNREADABLE
+
 Format = Literal["mooncake", "burstgpt", "azure"]
 MAX_ROWS = 5_000_000
 MAX_LINE = 4 << 20
@@ -99,7 +101,7 @@ def _mooncake(file: TextIO) -> Iterator[tuple[int, Arrival]]:
             continue
         try:
             row = decoder.decode(line)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"line {number}: {error}") from None
         yield number, Arrival(row.timestamp / 1_000, row.input_length, row.output_length, row.hash_ids)
 

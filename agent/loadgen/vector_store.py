@@ -22,6 +22,7 @@ from agent.loadgen.postgres import _TLS_REQUEST, PgError, Startup, error_text, m
 from agent.loadgen.target import Target
 from agent.loadgen.vectors import drawn, quoted
 from common.bench.spec import LoadSpec
+from herder.decoding import UNREADABLE
 
 TIMEOUT_S = 60.0
 INDEX_S = 3_600.0  # an index over many points takes its time
@@ -149,7 +150,7 @@ class QdrantStore:
             raise ValueError(f"{method} {self._base + path} answered {answer.status} {said}")
         try:
             found = msgspec.json.decode(text)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             found = None
         return answer.status, found if isinstance(found, dict) else {}
 

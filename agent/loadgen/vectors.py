@@ -21,6 +21,7 @@ from agent.loadgen.postgres import query
 from agent.loadgen.target import Target
 from agent.loadgen.workload import MAX_PREPARED_BYTES, Item, Workload
 from common.bench.spec import LoadSpec
+from herder.decoding import UNREADABLE
 
 MAX_PREPARED = 10_000  # queries; a longer run sends them again
 MAX_FILE = 2 << 30
@@ -80,7 +81,7 @@ def read(path: Path) -> list[list[float]]:
                 continue
             try:
                 vector = decoder.decode(line)
-            except (msgspec.DecodeError, RecursionError) as error:
+            except UNREADABLE as error:
                 raise ValueError(f"{path.name}, line {number}: not a vector: {error}") from None
             if not vector or len(vector) != len(found[0] if found else vector):
                 raise ValueError(f"{path.name}, line {number}: {len(vector)} numbers; all vectors have one length")

@@ -9,6 +9,7 @@ import msgspec
 
 from agent.metadata.dimensions import dimensions
 from agent.metadata.limits import JSON_BYTES, NUMBER, TEMPLATE_CHARS, BadFile
+from herder.decoding import UNREADABLE
 
 _NUMBERS = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
@@ -96,7 +97,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise BadFile(f"{path.name}: larger than {JSON_BYTES} bytes")
     try:
         document = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise BadFile(f"{path.name}: {str(error)[:120]}") from None
     if not isinstance(document, dict):
         raise BadFile(f"{path.name}: not an object")

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from agent.metadata.limits import HEADER_BYTES, TENSORS, BadFile, product
+from herder.decoding import UNREADABLE
 
 BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16,
@@ -46,7 +47,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
         if len(rows) > TENSORS:
             raise BadFile(f"{path.name}: {len(rows)} tensors")
         tensors = {name: _tensors.decode(raw) for name, raw in rows.items() if name != "__metadata__"}
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise BadFile(f"{path.name}: {str(error)[:120]}") from None
     for name, tensor in tensors.items():
         _check(f"{path.name}: {name[:80]}", tensor, size - 8 - length)

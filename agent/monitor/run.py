@@ -29,6 +29,7 @@ from agent.monitor.monitor import Monitor, Settings
 from agent.monitor.node import NodeSample
 from common.clock import boottime_ms
 from common.errors import ErrorInfo, HerderError, InvalidConfig, RunFailed
+from herder.decoding import UNREADABLE
 
 log = logging.getLogger(__name__)
 ORDER, STATUS = "order.json", "status.json"
@@ -94,7 +95,7 @@ def read_order(folder: Path) -> Order:
         return msgspec.json.decode((folder / ORDER).read_bytes(), type=Order)
     except OSError as error:
         raise InvalidConfig(f"{folder / ORDER}: {error.strerror}") from None
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise InvalidConfig(f"{folder / ORDER}: {error}") from None
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from common import limits
 from common.errors import InvalidConfig
+from herder.decoding import UNREADABLE
 
 
 class SshSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,7 +52,7 @@ def load(path: Path) -> MoverConfig:
     """The settings in a JSON file. Raises: InvalidConfig."""
     try:
         config = msgspec.json.decode(path.read_bytes(), type=MoverConfig)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, *UNREADABLE) as error:
         raise InvalidConfig(f"mover configuration {path}: {error}") from None
     if not Path(config.store_dir).is_absolute():
         raise InvalidConfig("store_dir must be an absolute path")

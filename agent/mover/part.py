@@ -23,6 +23,7 @@ from agent.store import digests
 from agent.store.digests import DIGEST_BYTES, chunk_count, chunk_digest
 from common import fsio
 from common.fsio import Files, align_up
+from herder.decoding import UNREADABLE
 
 
 class PartSource(msgspec.Struct, frozen=True):
@@ -45,7 +46,7 @@ def finished(directory: Path, source: PartSource) -> tuple[str, bytes] | None:
         if left != source or (directory / "data").stat().st_nlink < 2:
             return None
         leaves = (directory / "leaves").read_bytes()
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE):
         return None
     return digests.blob_id(source.size, leaves), leaves
 
@@ -104,7 +105,7 @@ class Part:
                 return False
             data.chmod(0o600)
             self._open(0)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, *UNREADABLE):
             return False
         if not self.bitmap.load():
             return False

@@ -27,6 +27,7 @@ from agent.mover.serve import BlobServer
 from agent.store.disk import DiskStore
 from common.errors import CopyNotFound, DigestMismatch, DiskFull, HerderError, Internal, TooMany
 from common.manifest import Manifest
+from herder.decoding import UNREADABLE
 
 OPEN_REQUESTS = 1_024
 REPORT_S = 0.25
@@ -145,7 +146,7 @@ class Mover:
         body = self._exactly(length)
         try:
             return None if body is None else protocol.requests.decode(body)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             return None  # not our protocol: end, the agent starts another one
 
     def _exactly(self, count: int) -> bytes | None:

@@ -22,6 +22,7 @@ from agent.store.digests import is_hex
 from common import ids
 from common.config import read_secret
 from common.errors import HerderError, InvalidSource, SourceFailed, SourceNotFound
+from herder.decoding import UNREADABLE
 
 LISTING_BYTES = 4 << 20
 LISTING_NAME = "herder-manifest.json"
@@ -126,7 +127,7 @@ def _json(connection: HttpConnection, url: str) -> Any:
         connection.close()
     try:
         return msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         raise InvalidSource(f"{url.partition('?')[0]}: not JSON", hint=f"put a {LISTING_NAME} there") from None
 
 

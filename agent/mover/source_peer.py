@@ -18,6 +18,7 @@ from agent.store.digests import DIGEST_BYTES, check_leaves, check_manifest, chun
 from common.errors import DigestMismatch, InvalidSource, SourceFailed
 from common.manifest import Manifest
 from common.tickets import Ticket
+from herder.decoding import UNREADABLE
 
 MANIFEST_BYTES = 8 << 20
 TICKET_HEADER = "X-Herder-Ticket"
@@ -54,7 +55,7 @@ class PeerOrigin:
         body = self._get("/manifest", MANIFEST_BYTES)
         try:
             manifest = msgspec.json.decode(body, type=Manifest)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             raise SourceFailed(f"{self.name}: its manifest cannot be read") from None
         check_manifest(manifest)
         if manifest.digest != self._ticketed_digest():
@@ -94,5 +95,5 @@ class PeerOrigin:
         try:
             payload = base64.urlsafe_b64decode(self._ticket.partition(".")[0])
             return msgspec.json.decode(payload, type=Ticket).digest
-        except (ValueError, msgspec.DecodeError):
+        except (ValueError, *UNREADABLE):
             raise InvalidSource("the ticket of a peer source cannot be read") from None

@@ -29,6 +29,7 @@ from common import limits, wire
 from common.errors import ErrorInfo
 from common.fsio import write_atomic
 from common.statedir import write_secret
+from herder.decoding import UNREADABLE
 
 T = TypeVar("T")
 LOG = "generator.log"
@@ -96,7 +97,7 @@ class RunDirectory:
         """A document; None while there is none that can be read."""
         try:
             return msgspec.json.decode((self.path / name).read_bytes(), type=kind, strict=False)
-        except (OSError, msgspec.DecodeError):
+        except (OSError, *UNREADABLE):
             return None
 
     def write(self, name: str, document: object, *, is_durable: bool = False) -> None:
@@ -136,7 +137,7 @@ class RunDirectory:
         for line in whole.splitlines():
             try:
                 found.append(msgspec.json.decode(line, type=wire.RunTick))
-            except msgspec.DecodeError:
+            except UNREADABLE:
                 continue  # cut off by a full disk
         return begin + len(whole), found
 

@@ -46,6 +46,7 @@ from common.errors import (
     RunFailed,
     TimedOut,
 )
+from herder.decoding import UNREADABLE
 
 ARMED_LOOK_S = 0.025
 CANCEL_NS = 30 * NS  # after `stop_boottime_ns` answers are awaited for so long
@@ -193,7 +194,7 @@ class Runner:
             self._run()
         except HerderError as error:
             self._fail(error)
-        except (ValueError, msgspec.MsgspecError) as error:
+        except (ValueError, *UNREADABLE) as error:
             self._fail(InvalidValue(str(error)[:1000]))
         except MemoryError:
             self._fail(MemoryFull("not enough memory on this node for what the run has to keep"))

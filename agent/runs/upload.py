@@ -25,6 +25,7 @@ from common import limits
 from common.backoff import full_jitter_ms
 from common.errors import BodyTooLarge, ErrorInfo, HerderError, Internal, RunFailed, TimedOut, from_info
 from common.telemetry import fields
+from herder.decoding import UNREADABLE
 
 log = logging.getLogger(__name__)
 PATH = "/api/v1/agent/runs"
@@ -125,7 +126,7 @@ class Uploader:
 def _refusal(status: int, said: bytes, name: str) -> HerderError:
     try:
         error = from_info(msgspec.json.decode(said, type=_Answer).error)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return RunFailed(f"the head answered {status} to {name}")
     return error if not isinstance(error, Internal) else RunFailed(error.message)
 

@@ -23,6 +23,7 @@ import msgspec
 from agent.store import digests
 from common import fsio, ids
 from common.errors import InvalidConfig
+from herder.decoding import UNREADABLE
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -99,7 +100,7 @@ class Layout:
         path = self.root / "DEVICE.json"
         try:
             uuid = str(msgspec.json.decode(path.read_bytes())["uuid"])
-        except (OSError, msgspec.DecodeError, KeyError, TypeError):
+        except (OSError, *UNREADABLE, KeyError, TypeError):
             uuid = secrets.token_hex(16)
         name = fsio.filesystem_name(self.root)
         device = Device(

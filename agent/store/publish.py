@@ -24,6 +24,7 @@ from common import fsio, ids
 from common.errors import Conflict, HerderError
 from common.fsio import Files
 from common.manifest import Manifest
+from herder.decoding import UNREADABLE
 
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 
@@ -106,7 +107,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     try:
         manifest = msgspec.json.decode((directory / MANIFEST_NAME).read_bytes(), type=Manifest)
         digests.check_manifest(manifest)
-    except (OSError, msgspec.DecodeError, HerderError):
+    except (OSError, *UNREADABLE, HerderError):
         return None
     return manifest
 

@@ -23,6 +23,7 @@ from agent.store.layout import Layout
 from agent.store.trash import Trash
 from common.errors import HerderError, StateLocked
 from common.manifest import Manifest
+from herder.decoding import UNREADABLE
 
 
 class Owner(msgspec.Struct, frozen=True):
@@ -57,7 +58,7 @@ def take(layout: Layout) -> None:
 
 def give_back(layout: Layout) -> None:
     """Removes the owner file if it is ours."""
-    with contextlib.suppress(OSError, msgspec.DecodeError):
+    with contextlib.suppress(OSError, *UNREADABLE):
         if msgspec.json.decode(layout.owner.read_bytes(), type=Owner) == _self():
             layout.owner.unlink()
 
@@ -68,7 +69,7 @@ def _remove_stale(path: Path) -> None:
         owner = msgspec.json.decode(body, type=Owner)
     except FileNotFoundError:
         return
-    except msgspec.DecodeError:
+    except UNREADABLE:
         body, owner = b"", None  # torn by a power cut before its fsync
     if owner is not None and _may_live(owner):
         raise StateLocked(

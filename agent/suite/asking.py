@@ -58,7 +58,7 @@ def ask_json(method: str, url: str, **rest: Any) -> tuple[int, dict[str, Any]]:
     status, data = ask(method, url, **rest)
     try:
         found = json.loads(data or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         raise OSError(f"{url} answered {status} with something that is not JSON") from None
     return status, found if isinstance(found, dict) else {"value": found}
 
@@ -76,7 +76,7 @@ def ask_lines(url: str, *, body: Any, timeout_s: float) -> Iterator[dict[str, An
                 found = json.loads(line)
                 if isinstance(found, dict):
                     yield found
-    except (http.client.HTTPException, ValueError) as error:
+    except (http.client.HTTPException, ValueError, RecursionError) as error:
         raise OSError(f"{url}: {type(error).__name__}: {error}") from None
     except TimeoutError:
         raise OSError(f"{url}: silent for {timeout_s:g} s") from None

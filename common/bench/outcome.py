@@ -15,6 +15,7 @@ import msgspec
 
 from common.bench.metrics import Limit
 from common.bench.records import Records
+from herder.decoding import UNREADABLE
 
 SCHEMA = 1
 
@@ -118,5 +119,5 @@ def decode(data: bytes) -> tuple[Asked, Outcome]:
         records = Records.from_wire(outcome.pop("records"))
         made = Asked(due_ns=due, limits=limits, classes=classes, endpoints=endpoints, **asked)
         return made, Outcome(records, **outcome)
-    except (KeyError, TypeError, AttributeError, msgspec.DecodeError) as error:
+    except (KeyError, TypeError, AttributeError, *UNREADABLE) as error:
         raise ValueError(f"not a result file: {type(error).__name__}: {error}") from None

@@ -77,7 +77,7 @@ def reasons(
     if late_p99 is not None and late_p99 > allowed and not is_offline:
         found.append(
             Finding(
-                "late", f"the generator sent late: p99 {late_p99:.2f} ms, allowed {allowed:.2f} ms; more --workers?"
+                "late", f"the generator sent late: p99 {late_p99:.2f} ms, allowed {allowed:.2f} ms; more workers?"
             )
         )
     lag_p99 = lag.percentiles.get("p99", 0.0)
@@ -88,7 +88,7 @@ def reasons(
             Finding("client_limited", f"answers were read late: p99 {lag_p99:.2f} ms, allowed {lag_allowed:.2f} ms")
         )
     if busiest > CPU_SHARE:
-        found.append(Finding("client_limited", f"a worker used {busiest:.0%} of a core; take more --workers"))
+        found.append(Finding("client_limited", f"a worker used {busiest:.0%} of a core; take more workers"))
     if planned and not is_offline and sent_in_time < RATE_SHARE * planned:
         found.append(Finding("rate_missed", f"{sent_in_time} of {planned} requests were sent in their window"))
     outcomes = counts_of(records)
@@ -99,7 +99,7 @@ def reasons(
             Finding("too_many", f"sending ended after {len(records):,} requests, the most of one run; a shorter one?")
         )
     if cut := records.facts.get("drain_timeouts"):
-        found.append(Finding("drain_timeout", f"{cut} requests were cut off; a longer --drain lets them end"))
+        found.append(Finding("drain_timeout", f"{cut} requests were cut off; a longer drain lets them end"))
     if steps := records.facts.get("clock_steps"):
         found.append(Finding("clock_skew", f"the wall clock was set {steps} times"))
     if lost_workers:

@@ -21,6 +21,7 @@ from aiohttp import web
 from common import limits
 from common.errors import BodyTooLarge, InvalidRequest, InvalidValue, TimedOut, UnsupportedMediaType
 from common.nesting import is_deeper
+from herder.decoding import UNREADABLE
 
 YAML_TYPES = frozenset({"application/yaml", "application/x-yaml", "text/yaml", "text/x-yaml"})
 _AT = re.compile(r" - at `([^`]+)`$")
@@ -116,7 +117,7 @@ async def decode_body(body: bytes, cls: type[msgspec.Struct], *, content_type: s
         return _checked(made) if body.count(b"{") + body.count(b"[") > limits.NESTING else made
     except msgspec.ValidationError as error:
         raise invalid_value(error, cls) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None

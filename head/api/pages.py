@@ -17,6 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import msgspec
 
 from common.errors import InvalidValue
+from herder.decoding import UNREADABLE
 
 T = TypeVar("T")
 OrderKey = tuple[int, str]
@@ -118,7 +119,7 @@ def decode_cursor(name: str, text: str) -> OrderKey | None:
         return None
     try:
         cursor = _decoder.decode(base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True))
-    except (binascii.Error, ValueError, msgspec.DecodeError):
+    except (binascii.Error, ValueError, *UNREADABLE):
         raise InvalidValue("cursor: cannot be read", hint="pass `next` of the page before, unchanged") from None
     if cursor.list != name:
         raise InvalidValue(f"cursor: belongs to the list of {cursor.list[:40]!r}", hint="start again without a cursor")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import msgspec
@@ -45,7 +45,16 @@ def benchmark_view(state: State, benchmark: Benchmark, *, is_short: bool = False
         facts={} if is_short else benchmark.facts,
         labels=_labels(benchmark),
         error=error_detail(benchmark.error),
+        verdict=_verdict(benchmark.state, points),
     )
+
+
+def _verdict(status: str, points: Iterable[Point | api.PointView]) -> api.Verdict:
+    """The worst of the points; a point that failed, and none at all, are worse than a lost node."""
+    if status != "completed":
+        return ""
+    found = {"valid" if p.is_valid else "degraded" if set(p.reasons) == {"degraded"} else "invalid" for p in points}
+    return "invalid" if "invalid" in found or not found else "degraded" if "degraded" in found else "valid"
 
 
 def point_view(point: Point) -> api.PointView:
@@ -120,6 +129,7 @@ def as_ended(view: api.BenchmarkView, benchmark: Benchmark, now_ms: int) -> dict
         ended = "cancelled" if benchmark.is_cancelling else "failed" if benchmark.error else "completed"
         is_valid = ended == "completed" and bool(view.points) and all(point.is_valid for point in view.points)
         plain |= {"status": ended, "ended_ms": now_ms, "is_valid": is_valid, "note": ""}
+        plain["verdict"] = _verdict(ended, view.points)
     return plain
 
 

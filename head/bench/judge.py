@@ -21,6 +21,7 @@ from common import limits
 from common.errors import Internal, MemoryFull, TimedOut, TooMany, from_info
 from common.telemetry import fields
 from head.bench.questions import Answered, AnyQuestion
+from herder.decoding import UNREADABLE
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class Judges:
             if answered.error is not None:
                 raise from_info(answered.error)
             return msgspec.convert(answered.value, answer)
-        except msgspec.DecodeError:
+        except UNREADABLE:
             raise Internal("judging said nothing that can be read") from None
 
     async def _started(self) -> asyncio.subprocess.Process:

@@ -96,7 +96,7 @@ def _prepare(turn: Turn, point: Point) -> None:
         return
     waiting = [run.node for run in going if run.state != "armed"]
     if waiting:
-        _note(turn, point, f"{_some(waiting)} not ready to begin")
+        _note(turn, point, _waits(turn.state, waiting, "not ready to begin"))
         return
     digests = {run.digest for run in going}
     if len(digests) > 1:
@@ -134,7 +134,7 @@ def _arm(turn: Turn, benchmark: Benchmark, recipe: BenchmarkRecipe, point: Point
                 benchmark_runs.lose(turn, run, silent.info())
         return  # the losses touch the benchmark, which looks again
     if unknown:
-        _note(turn, point, f"{_some(unknown)} asked for the time")
+        _note(turn, point, _waits(state, unknown, "asked for the time"))
         return
     fire_ms = turn.now_ms + limits.RUN_LEAD_MS
     bounds = sorted((clock.bound_ns for clock in clocks.values() if clock is not None), reverse=True)
@@ -159,7 +159,7 @@ def _run(turn: Turn, recipe: BenchmarkRecipe, point: Point) -> None:
     if not running:
         _enter(turn, point, "collecting")
     else:
-        _note(turn, point, f"{_some(running)} at it")
+        _note(turn, point, _waits(state, running, "at it"))
 
 
 def _missed(turn: Turn, point: Point) -> bool:
@@ -181,7 +181,7 @@ def _collect(turn: Turn, benchmark: Benchmark, point: Point) -> None:
         _give_up(turn, point, f"its files did not come within {limits.RUN_COLLECT_MS // 1000} s")
     going = _going(state, point)
     if going:
-        _note(turn, point, f"{_some([run.node for run in going])} handing in files")
+        _note(turn, point, _waits(state, [run.node for run in going], "handing in files"))
         return
     if not any(run.state == "done" for run in load_runs(state, point)):
         fail(turn, point, _first_error(state, point))
@@ -315,5 +315,10 @@ def _note(turn: Turn, point: Point, note: str) -> None:
         turn.put(replace(point, note=note), "point_waits", note=note)
 
 
-def _some(nodes: list[str]) -> str:
-    return f"{nodes[0]} is" if len(nodes) == 1 else "load nodes are"
+def _waits(state: State, nodes: list[str], doing: str) -> str:
+    """Who is at what; nodes that cannot be reached come first, since the others may have to wait for their end."""
+    gone = [name for name in nodes if name in state.nodes and state.nodes[name].status == "unreachable"]
+    if gone:
+        who = f"{gone[0]} is" if len(gone) == 1 else f"{len(gone)} load nodes are"
+        return f"{who} unreachable; what is so for {limits.RUN_LOST_MS // 1000} s has lost its part"
+    return f"{nodes[0]} is {doing}" if len(nodes) == 1 else f"load nodes are {doing}"

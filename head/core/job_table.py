@@ -15,6 +15,7 @@ import msgspec
 
 from common.errors import StateCorrupt
 from head.core.objects import Job
+from herder.decoding import UNREADABLE
 
 ENDED = frozenset({"completed", "failed", "cancelled"})
 
@@ -68,7 +69,7 @@ class JobTable(MutableMapping[str, Job]):
         try:
             outline = _outlines.decode(body)
             job = None if outline.state in ENDED else _decoder.decode(body)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise StateCorrupt(f"job {key!r} in the journal cannot be read: {error}") from None
         if outline.id != key:
             raise StateCorrupt(f"job {key!r} in the journal calls itself {outline.id!r}")
@@ -93,7 +94,7 @@ class JobTable(MutableMapping[str, Job]):
         body = self._packed[key]
         try:
             return _decoder.decode(body)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise StateCorrupt(f"job {key!r} in the journal cannot be read: {error}") from None
 
     def __setitem__(self, key: str, job: Job) -> None:

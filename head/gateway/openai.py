@@ -12,6 +12,7 @@ import msgspec
 from aiohttp import web
 
 from common.errors import HerderError, InvalidRequest, TooMany, Unauthenticated, Unavailable
+from herder.decoding import UNREADABLE
 
 ERROR_TYPES = {
     401: "authentication_error",
@@ -51,7 +52,7 @@ def read_wanted(body: bytes) -> Wanted:
         return _wanted.decode(body)
     except msgspec.ValidationError as error:
         raise InvalidRequest(f"the request is not usable: {error}", param="model") from None
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
 
 
@@ -90,7 +91,7 @@ def engine_error(status: int, body: bytes, *, secret: str) -> bytes:
         body = body.replace(secret.encode(), b"***")
     try:
         answer = _refusal.decode(body)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         answer = Refusal()
     if isinstance(answer.error, dict) and isinstance(answer.error.get("message"), str):
         return body

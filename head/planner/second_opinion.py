@@ -22,6 +22,7 @@ from head.planner.hardware.accelerators import accelerator
 from head.planner.hardware.topology import Topology
 from head.planner.model.architecture import Architecture
 from head.planner.serving.estimate import EngineSettings, Workload
+from herder.decoding import UNREADABLE
 
 PACKAGE, CORE = "aiconfigurator", "aiconfigurator_core"
 TIMEOUT_S = 15.0
@@ -186,7 +187,7 @@ def _said(question: bytes) -> Said:
         raise NoOpinion(f"its process did not start: {error.strerror}") from None
     try:
         said = msgspec.json.decode(done.stdout[-ANSWER_BYTES:].strip().rpartition(b"\n")[2], type=Said)
-    except msgspec.DecodeError:
+    except UNREADABLE:
         raise NoOpinion(f"its process ended with status {done.returncode}") from None
     if said.error:
         raise NoOpinion(said.error[:300])

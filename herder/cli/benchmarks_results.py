@@ -13,6 +13,7 @@ from herder.cli import benchmarks_view as view
 from herder.cli import output, text
 from herder.cli.command import Globals, HerderCommand, pass_globals
 from herder.cli.table import clean
+from herder.decoding import UNREADABLE
 from herder.errors import HerderApiError, HerderError
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _result(head: _Head, name: str) -> Result:
         document = msgspec.json.decode(path.read_bytes())
     except OSError as error:
         raise click.UsageError(f"{name}: {error.strerror}") from None
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise HerderError("invalid_value", f"{name} is no JSON: {error}") from None
     try:
         return result_of(document, path.name)

@@ -63,9 +63,9 @@ ARRIVED = ("ready", "done", "armed", "running")
 
 
 def verdict(benchmark: types.BenchmarkView) -> str:
-    """valid, degraded or invalid, the worst of its points where they are known; empty before its end."""
-    if benchmark.status != "completed":
-        return ""
+    """valid, degraded or invalid, the worst of its points; empty before its end."""
+    if benchmark.status != "completed" or benchmark.verdict:
+        return benchmark.verdict
     if any(point_verdict(point) == "invalid" for point in benchmark.points):
         return "invalid"
     return "degraded" if benchmark.is_degraded else "valid" if benchmark.is_valid else "invalid"
@@ -151,7 +151,10 @@ def shown(
         rows = [[file.name, text.size(file.bytes)] for file in files[:FILES_SHOWN]]
         total = text.size(sum(file.bytes for file in files))
         parts.append(output.table(options, FILES, rows, empty=""))
-        parts.append(f"{text.plural(len(files), 'file')}, {total}; `herder benchmarks export {benchmark.id}` fetches")
+        parts.append(
+            f"{text.plural(len(files), 'file')}, {total}; all of them:\n"
+            f"herder benchmarks export {benchmark.id} --format all --save FOLDER"
+        )
     return "\n\n".join(part for part in parts if part)
 
 

@@ -21,6 +21,7 @@ from typing import NoReturn
 
 import msgspec
 
+from herder.decoding import UNREADABLE
 from herder.errors import HerderError
 
 RECORD_FILE = "up.json"
@@ -118,7 +119,7 @@ def read_record(base: Path) -> Record | None:
     """What was started here; None when nothing was, or the file cannot be read."""
     try:
         return msgspec.json.decode((base / RECORD_FILE).read_bytes(), type=Record)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *UNREADABLE):
         return None
 
 

@@ -16,6 +16,7 @@ import msgspec
 
 from herder.cli import output, plan_calibrate, plan_view
 from herder.cli.command import Globals, HerderCommand, HerderGroup, pass_globals
+from herder.decoding import UNREADABLE
 from herder.errors import HerderApiError
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def _read_config(question: dict[str, Any], path: Path) -> None:
         text = file.read(CONFIG_BYTES + 1)
     try:
         config = msgspec.json.decode(text) if len(text) <= CONFIG_BYTES else None
-    except (msgspec.DecodeError, RecursionError):
+    except UNREADABLE:
         config = None
     if not isinstance(config, dict):
         raise click.UsageError(f"{path} is not a config.json: a JSON object of at most 1 MiB")

@@ -18,6 +18,7 @@ from common.errors import HerderError
 from herder.cli import output
 from herder.cli.command import Globals, HerderCommand, pass_globals
 from herder.cli.table import Column, safe
+from herder.decoding import UNREADABLE
 from herder.errors import HerderApiError
 from herder.settings import config_path
 
@@ -159,7 +160,7 @@ def _rows_of(files: tuple[str, ...]) -> tuple[list[Any], list[str]]:
                 found = found.get("rows") if isinstance(found, dict) else found
         except HerderError as error:
             raise click.UsageError(f"{name}: {error.message}") from None
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise click.UsageError(f"{name}: {error}") from None
         if not isinstance(found, list):
             raise click.UsageError(f"{name}: neither a list of rows nor an object with rows")

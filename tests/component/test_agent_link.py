@@ -227,7 +227,13 @@ async def test_command_that_is_not_understood_is_answered(body: bytes) -> None:
         assert head.sessions == 1
 
 
-@pytest.mark.parametrize("frame", [b"x", b"{}", b'{"kind":"ack","body":{"seq":"x"}}', b'{"kind":"command","body":{}}'])
+@pytest.mark.parametrize(
+    "frame",
+    [
+        *(b"x", b"{}", b'{"kind":"ack","body":{"seq":"x"}}', b'{"kind":"command","body":{}}'),
+        *(b'{"kind":"\xff","body":{}}', b'{"kind":"ack","body":' + b"[" * 100_000),
+    ],
+)
 async def test_frame_that_cannot_be_read_ends_the_session(frame: bytes) -> None:
     """What is no frame ends the session with the reason, and the agent comes back."""
     async with WsHead() as head, running(Owner(head.url)) as owner:

@@ -237,6 +237,10 @@ class TestShow:
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].split()[:5] == ["ID", "NAME", "STATUS", "POINTS", "VERDICT"]
         assert lines[1].split()[:5] == [BENCHMARK, "chat-sweep", "completed", "1/1", "valid"]
+        # Lists come without points: the head says what the worst of them is.
+        head.views = deque([view("completed", is_degraded=True, is_valid=False, verdict="invalid")])
+        assert benchmarks() == 0
+        assert " invalid " in capsys.readouterr().out
         head.views = deque()
         assert benchmarks() == 0
         assert "herder benchmarks recipes" in capsys.readouterr().out
@@ -251,6 +255,7 @@ class TestShow:
         assert "found      rate 4.00 is the highest that met the SLO: it failed at rate 8" in out
         assert "report.html" in out
         assert "2 files, 2.00 KiB" in out
+        assert f"herder benchmarks export {BENCHMARK} --format all --save FOLDER" in out, "export alone is one report"
         assert max(len(line) for line in out.splitlines()) <= 80
 
     def test_points_stand_behind_the_error(self, head: BenchmarkHead, capsys: pytest.CaptureFixture[str]) -> None:

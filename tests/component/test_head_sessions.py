@@ -233,12 +233,21 @@ async def test_unknown_kinds_are_counted_and_ignored() -> None:
         assert head.sessions.counts["in unknown"] == 1
 
 
-@pytest.mark.parametrize("frame", ["{", '{"kind":"lease","body":{"seq":"x"}}', wire.encode(hello()).decode()])
-async def test_bad_frames_end_the_session(frame: str) -> None:
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"{",
+        b'{"kind":"lease","body":{"seq":"x"}}',
+        wire.encode(hello()),
+        b'{"kind":"\xff","body":{}}',
+        b'{"kind":"event","body":' + b"[" * 100_000,
+    ],
+)
+async def test_bad_frames_end_the_session(frame: bytes) -> None:
     """A frame that cannot be read, or that has no place here, is counted and ends the session with a reason."""
     async with running() as head:
         agent = await head.join()
-        await agent.ws.send_str(frame)
+        await agent.ws.send_bytes(frame)
         error, _, code = await refused(agent)
         assert (error.code, code) == ("invalid_request", WSCloseCode.POLICY_VIOLATION)
         assert head.sessions.counts["bad"] == 1

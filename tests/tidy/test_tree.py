@@ -166,6 +166,18 @@ def test_no_shell_and_no_unsafe_loading() -> None:
     assert not found, "\n".join(found)
 
 
+def test_bytes_from_outside_are_read_with_every_error() -> None:
+    """msgspec raises more than DecodeError for bad bytes: one name has them all."""
+    found = [
+        f"{path.relative_to(ROOT)}: `except UNREADABLE` of herder.decoding"
+        for path in tracked(".py")
+        if path.relative_to(ROOT).parts[0] in SOURCE
+        and path.name != "decoding.py"
+        and "msgspec.DecodeError" in path.read_text()
+    ]
+    assert not found, "\n".join(found)
+
+
 def test_constraints_are_pinned_by_hash() -> None:
     """Every requirement in the constraints files has an exact version and a hash, and no address."""
     for path in (

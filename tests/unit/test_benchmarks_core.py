@@ -223,6 +223,7 @@ class TestLosses:
         world.close("n2")
         world.pass_s(40, alive=("n1",))
         assert (world.state.nodes["n2"].status, world.run(two).state) == ("unreachable", "running")
+        assert world.point(key).note == "n2 is unreachable; what is so for 60 s has lost its part"
         world.pass_s(50, alive=("n1",))
         assert world.point(key).state == "judging"
         world.judge(key)

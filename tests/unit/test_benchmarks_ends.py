@@ -396,3 +396,32 @@ def test_why_says_what_it_waits_for() -> None:
     assert "point 0 is running: " in said.reason
     assert "; 0 of 1 points are done" in said.reason
     assert "on n2, which is suspect" in said.reason
+
+
+class TestVerdict:
+    """What people are told of the whole, in lists as in details."""
+
+    @pytest.mark.parametrize(
+        ("reasons", "verdict"),
+        [
+            (((), ()), "valid"),
+            (((), ("degraded",)), "degraded"),
+            ((("degraded",), ("late", "degraded")), "invalid"),
+        ],
+    )
+    def test_the_worst_of_its_points(self, reasons: Sequence[tuple[str, ...]], verdict: str) -> None:
+        """The same with and without the points, and in what is kept with the result before it has ended."""
+        world = BenchWorld("n1")
+        key = world.measure(sweep={"rate": [1, 2]})
+        for number, codes in enumerate(reasons):
+            for run in world.fire(key, number):
+                world.hand_in(run)
+            world.judge(key, number, reasons=codes)
+            world.forget_all()
+        benchmark = world.benchmark(key)
+        assert (benchmark.state, benchmark_view(world.state, benchmark).verdict) == ("finishing", "")
+        assert as_ended(benchmark_view(world.state, benchmark), benchmark, 0)["verdict"] == verdict
+        finished(world, key)
+        benchmark = world.benchmark(key)
+        assert benchmark_view(world.state, benchmark).verdict == verdict
+        assert benchmark_view(world.state, benchmark, is_short=True).verdict == verdict

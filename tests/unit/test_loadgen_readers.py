@@ -254,6 +254,15 @@ def test_what_an_answer_keeps() -> None:
     assert answer.error == "an event that is not JSON"
 
 
+@pytest.mark.parametrize("bad", [b'{"choices":[{"delta":{"content":"\xff"}}]}', b'{"x":' + b"[" * 100_000, b"\xff"])
+@pytest.mark.parametrize("api", ["chat", "completions", "ollama", "embeddings", "qdrant"])
+def test_answers_of_bytes_that_are_no_json(api: str, bad: bytes) -> None:
+    """Text that is no UTF-8 and nesting without end are an error of the answer, not of the generator."""
+    answer, by = Answer(), APIS[api]
+    (by.read_event if by.framing in ("sse", "lines") else by.read_body)(bad, answer)
+    assert "not JSON" in str(answer.error)
+
+
 def test_ollama_lines() -> None:
     """Its own words for output, end and counts."""
     answer, read = Answer(), APIS["ollama"].read_event

@@ -22,6 +22,7 @@ from head.planner.calibration.training_rows import TrainingRow
 from head.planner.model.architecture import Architecture
 from head.planner.serving.engine_step import Backend, ServingLayout
 from head.planner.training.constants import Constants, LocalCorrection, family_of, shipped
+from herder.decoding import UNREADABLE
 
 FORMAT = "herder-planner-calibration-1"
 FILE_BYTES = 8 << 20
@@ -124,7 +125,7 @@ def read(data: bytes) -> Active:
         raise InvalidValue(f"a calibration file is at most {FILE_BYTES >> 20} MiB")
     try:
         found = msgspec.json.decode(data, type=OwnCalibration)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise InvalidValue(f"not a calibration file: {str(error)[:200]}", hint="herder plan calibrate") from None
     rows = found.rows
     if max(len(rows.training), len(rows.serving)) > ROWS:

@@ -11,6 +11,7 @@ import msgspec
 from common.errors import HerderError, Internal, InvalidRequest, InvalidValue
 from head.planner.calibration.active import Active, using
 from head.planner.endpoints.questions import Desk, Question
+from herder.decoding import UNREADABLE
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,7 +55,7 @@ def ask(endpoint: Endpoint, body: bytes | dict[str, Any], desk: Desk, own: Activ
         text, _, path = str(error).partition(" - at `$")
         field = path.rstrip("`").lstrip(".")
         raise InvalidValue(f"{field}: {text}" if field else text, field=field) from None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise InvalidRequest(f"the body is not JSON: {str(error)[:200]}") from None
     try:
         with using(own):
