@@ -18,12 +18,15 @@ from agent.loadgen.apis import Answer, Api
 from agent.loadgen.clocks import SO_TIMESTAMPNS, Stamps
 from agent.loadgen.clocks import unpack as _unpack
 from agent.loadgen.http1 import AnswerReader, ProtocolError
+from agent.loadgen.likeness import Likeness, learn
 from agent.loadgen.login import Login
 from agent.loadgen.sse import EventReader, LineReader, TooLong
 from agent.loadgen.workload import Item
 
 READ_BYTES = 16_384  # a larger buffer is allocated through mmap at every read and costs three times as much
 MAX_BODY = 64 << 20
+LIKENESSES = 4  # times that what the events of an answer have in common is looked for
+LIKEN_AFTER = 4  # events, and then twice as many each time: short answers are not worth the look
 MAX_ERROR_BODY = 4_096
 _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
 _monotonic_ns = time.monotonic_ns
@@ -47,11 +50,14 @@ class Call:
         "is_retried",
         "is_reused",
         "item",
+        "like",
+        "likeness",
         "marks",
         "scheduled",
         "sent",
         "slot",
         "stamps",
+        "tries",
         "turn",
     )
 
@@ -71,8 +77,12 @@ class Call:
         self.body: list[bytes] | None = None
         self.stamps: list[int] = []
         self.marks: list[int] = []
-        self.bytes = self.connect = self.heard = 0
+        self.bytes = self.connect = self.heard = self.tries = 0
         self.is_reused = False
+        self.likeness: Likeness | None = None
+        """What its events have in common, as far as it is known."""
+        self.like: Likeness | None = None
+        """The same while the next read begins with a chunk and an event; None where the long way is to be gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,11 +315,20 @@ class Connection:
             return
         call.heard = at
         call.bytes += len(data)
+        if call.like is not None:
+            text = call.like.text_of(data)
+            if text is not None:
+                call.stamps.append(at)
+                if call.answer.texts is not None:
+                    call.answer.take(call.like.kind, text.decode())
+                return
+            call.like = None
         reader, events = self.reader, call.events
         if events is not None and events.is_fresh:
             payload = reader.whole_event(data)
             if payload is not None:
                 self._take_event(call, payload, at)
+                self._liken(call, payload)
                 return
         try:
             pieces = reader.feed(data)
@@ -343,6 +362,16 @@ class Connection:
                 call.marks.append(answer.output_tokens)
             if kind == 1 and call.first_output < 0:
                 call.first_output = at
+
+    def _liken(self, call: Call, payload: bytes) -> None:
+        """Behind an event that came as a read of its own: from the next on a look at the text may do."""
+        if call.answer.output_tokens >= 0:
+            return  # usage in every event is read in every event
+        stamps = len(call.stamps)
+        if call.tries < LIKENESSES and stamps >= LIKEN_AFTER << call.tries:
+            call.tries += 1
+            call.likeness = learn(payload, self.owner.api.read_event) or call.likeness
+        call.like = call.likeness
 
     def _take_events(self, call: Call, events: EventReader | LineReader, pieces: list[bytes], at: int) -> None:
         stamps = call.stamps

@@ -76,9 +76,7 @@ def reasons(
     allowed = max(LATE_FLOOR_NS / MS, LATE_SHARE * latency["e2e"].percentiles.get("p50", 0.0))
     if late_p99 is not None and late_p99 > allowed and not is_offline:
         found.append(
-            Finding(
-                "late", f"the generator sent late: p99 {late_p99:.2f} ms, allowed {allowed:.2f} ms; more workers?"
-            )
+            Finding("late", f"the generator sent late: p99 {late_p99:.2f} ms, allowed {allowed:.2f} ms; more workers?")
         )
     lag_p99 = lag.percentiles.get("p99", 0.0)
     lag_allowed = max(LAG_FLOOR_NS / MS, LAG_SHARE * latency["tpot"].percentiles.get("p50", 0.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from common import limits, wire
 from common.bench.recipe import convert
 from common.errors import EngineFailed, ErrorInfo, Internal
+from head.api.render_benchmarks import as_ended, benchmark_view
 from head.auth import authenticate
 from head.core.effects import RemoveBenchmark, Reply, WriteBenchmark
 from tests.doubles.head_benchmarks import LOAD, URLS, BenchWorld, finished, loads
