@@ -28,7 +28,7 @@ ENDED = frozenset({"done", "failed"})
 AT_WORK = frozenset({"preparing", "armed", "running"})
 _ORDER = ("preparing", "armed", "running")  # a process goes only forward
 _RUN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,158}[a-z0-9])?")
-_URL = re.compile(r"https?://[!-~]{1,2000}")
+_URL = re.compile(r"(?:https?|postgres(?:ql)?)://[!-~]{1,2000}")
 _TOKEN = re.compile(r"[!-~]{0,4096}")
 SPREADS = ("round-robin", "random", "all-to-all", "static")
 PARTS_MAX = 10_000
@@ -51,7 +51,9 @@ def check(body: wire.EnsureRun) -> None:
     if not 1 <= body.parts <= PARTS_MAX or not 0 <= body.part < body.parts:
         raise errors.InvalidValue(f"part {body.part} of {body.parts}")
     if len(body.urls) > URLS_MAX or not all(_URL.fullmatch(url) for url in body.urls):
-        raise errors.InvalidValue("a URL that load cannot go to", hint="http:// or https://, without blanks")
+        raise errors.InvalidValue(
+            "a URL that load cannot go to", hint="http://, https:// or postgresql://, without blanks"
+        )
     if body.kind == "load" and not body.urls:
         raise errors.InvalidValue("no URL to put load on")
     if body.spread not in SPREADS:

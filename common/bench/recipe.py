@@ -36,6 +36,7 @@ SWEPT = (
 MAX_POINTS = 500
 MAX_REPETITIONS = 50
 MAX_LOAD_NODES = 256
+MAX_URLS = 1_024
 _LONGEST_S = 7 * 86_400.0
 
 
@@ -226,6 +227,12 @@ def _with_seconds(document: Any, depth: int = 0) -> Any:
     return made
 
 
+_SCHEMES = {
+    "": ("https?", "http://10.0.0.7:8000"),
+    "pgvector": ("postgres(?:ql)?", "postgresql://USER@HOST:PORT/DATABASE"),
+}
+
+
 def _check(recipe: BenchmarkRecipe, *, is_drawn: bool) -> None:
     if not _NAME.fullmatch(recipe.name):
         raise ValueError(f"name {recipe.name!r}: lower-case letters, digits and '-'")
@@ -234,6 +241,13 @@ def _check(recipe: BenchmarkRecipe, *, is_drawn: bool) -> None:
         raise ValueError("server: give one of service, serve and urls")
     if server.urls and server.via == "gateway":
         raise ValueError("server: via gateway needs a service of Herder")
+    if len(server.urls) > MAX_URLS:
+        raise ValueError(f"server.urls: at most {MAX_URLS}")
+    scheme, example = _SCHEMES["pgvector" if recipe.load.api == "pgvector" else ""]
+    for url in server.urls:
+        if not re.fullmatch(scheme + "://[!-~]{1,2000}", url):
+            told = re.sub(r"//[^/@]*@", "//***@", url)[:200]
+            raise ValueError(f"server.urls: {told!r} is no URL that load can go to, as {example}")
     if recipe.search is not None and recipe.slo is None:
         raise ValueError("search needs an slo: what the most load must still meet")
     if recipe.search is not None and recipe.search.over in recipe.sweep:

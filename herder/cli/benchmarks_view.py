@@ -114,10 +114,12 @@ def point_row(point: types.PointView) -> list[str]:
 
 
 def points_columns(rows: Sequence[Sequence[str]]) -> tuple[Column, ...]:
-    """POINTS for these rows: loads tell points apart, so that figures give way before they are cut."""
+    """POINTS for these rows: loads tell points apart, so that figures give way before they are cut; so do errors."""
     longest = max((width_of(row[1]) for row in rows), default=0)
     load = replace(POINTS[1], shrinks_to=max(POINTS[1].shrinks_to, min(longest, LOAD_MOST)))
-    return (POINTS[0], load, *POINTS[2:])
+    has_errors = any(row[-1] not in ("-", "0%") for row in rows)
+    errors = replace(POINTS[-1], rank=0 if has_errors else POINTS[-1].rank)
+    return (POINTS[0], load, *POINTS[2:-1], errors)
 
 
 def ms(value: float | None) -> str:

@@ -275,6 +275,19 @@ class TestShow:
         assert "prefix_tokens=1024 #2" in out
         assert max(len(line) for line in out.splitlines()) <= 80
 
+    def test_errors_are_seen_in_a_narrow_terminal(
+        self, head: BenchmarkHead, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Without any the column leaves early; with some no figure hides that most requests failed."""
+        figures = {"req_s": 1.0, "e2e_p99_ms": 81_200.0, "tpot_p50_ms": 459.0, "slo_attainment": 0.3}
+        for share, is_seen in ((0.0, False), (0.69, True)):
+            made = point(0, figures=figures | {"error_rate": share}, changes={"rate": 1, "turns": 12})
+            head.views = deque([view("completed", made)])
+            assert benchmarks("show", BENCHMARK) == 0
+            out = capsys.readouterr().out
+            assert ("ERRORS" in out, "69%" in out) == (is_seen, is_seen)
+            assert max(len(line) for line in out.splitlines()) <= 80
+
     def test_reasons_are_told_in_words(self, head: BenchmarkHead, capsys: pytest.CaptureFixture[str]) -> None:
         """Those of the first point with the same reasons, wrapped."""
         said = ("MLPerf server: at least 600 s are to be measured, here it was 4 s", "answers were read late " * 5)

@@ -10,6 +10,8 @@ import msgspec
 import pytest
 import yaml
 
+from agent.core import runs
+from common import wire
 from common.bench import recipe as recipes
 from common.bench.recipe import BenchmarkRecipe, Load, Monitor, Search, Serve, Server, Slo
 from common.errors import InvalidRecipe
@@ -115,3 +117,28 @@ def test_numbers_are_finite(line: str) -> None:
     document = {"name": "x", "server": {"urls": ["http://127.0.0.1:1"]}, "load": load}
     with pytest.raises(InvalidRecipe, match="numbers are finite"):
         recipes.convert(document)
+
+
+@pytest.mark.parametrize(
+    ("api", "url", "said"),
+    [
+        ("chat", "127.0.0.1:8000", "'127.0.0.1:8000' is no URL that load can go to, as http://"),
+        ("chat", "http://a b", "is no URL"),
+        ("chat", "postgresql://me@db/shop", "is no URL"),
+        ("chat", "ftp://me:secret@a/", r"'ftp://\*\*\*@a/' is no URL"),
+        ("pgvector", "http://127.0.0.1:8000", "as postgresql://USER@HOST:PORT/DATABASE"),
+        ("chat", "https://a:8000/v1", ""),
+        ("pgvector", "postgresql://me@db:5432/shop?sslmode=require", ""),
+    ],
+)
+def test_urls_are_such_that_load_can_go_there(api: str, url: str, said: str) -> None:
+    """A wrong one is named by who checks the recipe, not by a node when all else is made; agents take the rest."""
+    load = {"rate": 1, "duration": 5, "api": api}
+    load |= {"collection": "items", "vector_dim": 8} if api == "pgvector" else {}
+    document = {"name": "x", "server": {"urls": [url]}, "load": load}
+    if said:
+        with pytest.raises(InvalidRecipe, match=said):
+            recipes.convert(document)
+        return
+    recipes.convert(document)
+    runs.check(wire.EnsureRun(run="b.0.0", kind="load", spec={}, urls=(url,)))
