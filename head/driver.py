@@ -148,6 +148,7 @@ class Driver:
         self._tick_waits = False
         self._missed_stall_ms = 0
         self._commit_started_ms = 0
+        self._probes = 0
         self._is_stopping = False
         self.tasks = Supervisor("driver")
 
@@ -333,6 +334,7 @@ class Driver:
                 self._commit_started_ms = 0
 
     def _on_committed(self, released: Released) -> None:
+        self._probes = 0
         self._feed.publish(released.records)
         self._release(released.effects)
         self._wake_readers()
@@ -349,15 +351,16 @@ class Driver:
         self._retake(released.retaken)
 
     async def _probe_until_writable(self) -> None:
-        attempt = 1
         while True:
-            delay_ms = backoff.ceiling_ms(attempt, base_ms=PROBE_BASE_MS, cap_ms=PROBE_CAP_MS)
+            # Counted until a batch is durable: a journal that takes probes and refuses batches is asked ever later.
+            self._probes += 1
+            delay_ms = backoff.ceiling_ms(self._probes, base_ms=PROBE_BASE_MS, cap_ms=PROBE_CAP_MS)
             await asyncio.sleep(self._rng.uniform(0.5, 1.0) * delay_ms / 1000)
             try:
                 await self.journal.commit(())
                 break
             except HerderError:
-                attempt += 1
+                continue
         log.warning("the journal writes again")
         self._alarm(Alarm(READ_ONLY_ALARM, "", is_on=False))
         self._retake(self._pipeline.recovered())

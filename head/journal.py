@@ -57,6 +57,7 @@ T = TypeVar("T")
 QUERY_ROWS = 10_000
 ASKING = 64  # questions that wait for the writer thread; more would make commits wait behind them
 PRUNE_ROWS = 1_000  # history is pruned in strokes of at least this many
+PROBE_ROOM_BYTES = 256 << 10  # what must be free before a journal that was refused counts as writable again
 BACKUP_SPARE_BYTES = 64 << 20  # room that commits have while a backup is made
 BACKUP_STEP_PAGES = 256
 PROBLEM_HINT = "free space on the head's disk; it resumes by itself once its journal can be written"
@@ -195,7 +196,7 @@ class Journal:
     async def commit(self, rows: Sequence[Row]) -> None:
         """Makes the rows durable, all or none. Cancelling the wait does not cancel the commit.
 
-        No rows: a probe, which writes all the same. Raises: StateReadOnly.
+        No rows: a probe, which writes all the same, and wants room for more than itself. Raises: StateReadOnly.
         """
         item = _Commit(rows, asyncio.get_running_loop())
         self._queue.put(item)
@@ -286,6 +287,9 @@ class Journal:
         """One transaction. Returns why it failed, or None once it is durable."""
         connection = self._connection
         started = time.perf_counter()
+        if not rows and (free := _free_bytes(self.path.parent)) < PROBE_ROOM_BYTES:
+            # A probe alone fits into what the WAL has already, while every batch after it is refused.
+            return StateReadOnly(f"the journal's disk has {free} free bytes", hint=PROBLEM_HINT)
         try:
             connection.execute("BEGIN IMMEDIATE")
             pruned = self._put(rows)
@@ -486,6 +490,15 @@ def _opening_error(path: Path, error: sqlite3.Error) -> HerderError:
     if name.startswith("SQLITE_BUSY"):
         return StateReadOnly(f"{path} is open in another program", hint="close whatever reads the journal")
     return StateReadOnly(f"{path} cannot be opened: {error}", hint=PROBLEM_HINT)
+
+
+def _free_bytes(folder: Path) -> int:
+    """What this process may still write there. When nobody can tell, writing must tell: as if there were room."""
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return PROBE_ROOM_BYTES
+    return (status.f_bavail if os.geteuid() else status.f_bfree) * status.f_frsize
 
 
 def _settle(items: Iterable[_Commit], outcome: HerderError | None) -> None:

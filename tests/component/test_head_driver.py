@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 
@@ -18,6 +18,7 @@ from head.core.state import State
 from head.core.turn import Turn
 from head.driver import READ_ONLY_ALARM, SLOW_ALARM, Driver
 from head.feed import Feed
+from head.journal import Row
 from head.pipeline import Step
 from tests.doubles.head_shell import NOW_MS, SwitchJournal, register, small_step, until
 
@@ -131,6 +132,36 @@ async def test_a_full_disk_refuses_changes_and_nothing_else(monkeypatch: pytest.
         assert isinstance(head.outbox.sent[1], wire.ResultAck)
         assert (await driver.submit(register("a", "req-3"))).reference == "model:a"
         assert driver.alarms == {}
+
+
+async def test_a_journal_that_takes_probes_only_is_asked_ever_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each refusal after a probe that succeeded makes the next wait longer, until a batch is durable."""
+    waits: list[int] = []
+
+    def soon(attempt: int, *, base_ms: int, cap_ms: int) -> int:
+        waits.append(attempt)
+        return 1
+
+    monkeypatch.setattr("common.backoff.ceiling_ms", soon)
+    async with running() as head:
+        commit = head.journal.commit
+
+        async def probes_only(rows: Sequence[Row]) -> None:
+            if rows:
+                raise StateReadOnly("the journal cannot be written: disk full")
+            await commit(rows)
+
+        monkeypatch.setattr(head.journal, "commit", probes_only)
+        for number in range(3):
+            assert isinstance(await refusal(head.driver, register("a", f"req-{number}")), StateReadOnly)
+            await until(lambda: not head.driver.is_read_only)
+        assert waits == [1, 2, 3]
+        monkeypatch.setattr(head.journal, "commit", commit)
+        await head.driver.submit(register("a", "req-4"))
+        head.journal.fill_disk()
+        assert isinstance(await refusal(head.driver, register("b", "req-5")), StateReadOnly)
+        await until(lambda: len(waits) > 3)
+        assert waits[3] == 1
 
 
 async def test_a_bug_costs_one_answer_and_not_the_daemon(caplog: pytest.LogCaptureFixture) -> None:

@@ -144,6 +144,19 @@ def test_full_disk_is_refused_whole_and_then_recovers(journal: Journal) -> None:
     assert journal.revision == 2
 
 
+def test_a_probe_wants_room_for_more_than_itself(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that is all but full the probe is refused: it alone would fit, and the next batch would not."""
+    write(journal, record(1, "kept"))
+    free = [journal_module.PROBE_ROOM_BYTES - 1]
+    monkeypatch.setattr(journal_module, "_free_bytes", lambda folder: free[0])
+    with pytest.raises(StateReadOnly, match="free bytes"):
+        write(journal)
+    write(journal, record(2, "fits"))
+    free[0] += 1
+    write(journal)
+    assert set(journal.load().models) == {"kept", "fits"}
+
+
 def test_waiting_commits_share_one_transaction(journal: Journal) -> None:
     """Group commit: commits that wait together are synced together, and a failure is theirs together."""
     sizes: list[int] = []
