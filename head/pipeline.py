@@ -197,7 +197,13 @@ def _parking_place(event: Event) -> tuple[str, ...] | None:
             return (type(event).__name__, event.node, event.session_id)
         case ev.ResultReceived():
             return ("ResultReceived", event.node, event.result.op_id)
-        case _:
+        case ev.ArtifactStored():
+            return ("ArtifactStored", event.run, event.name)
+        case ev.PointJudged(error=None):
+            return ("PointJudged", event.benchmark, str(event.point))
+        case ev.BenchmarkWritten(error=None):
+            return ("BenchmarkWritten", event.benchmark)
+        case _:  # with an error, as of a full disk: it is asked again
             return None
 
 

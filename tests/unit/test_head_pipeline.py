@@ -168,6 +168,25 @@ def test_facts_from_agents_are_parked_and_taken_again(pipeline: Pipeline) -> Non
     assert names(pipeline.committed().effects) == ["send ResultAck", "send ResultAck"]
 
 
+def test_facts_of_benchmarks_are_parked_unless_they_are_errors(pipeline: Pipeline) -> None:
+    """What was stored, judged and written counts once the journal writes; what failed meanwhile is asked again."""
+    pipeline.take(result("op-1"), NOW_MS)
+    pipeline.seal()
+    pipeline.refused(FULL)
+    kept = [
+        ev.ArtifactStored("bench-1.0.0", 1, "load.bin", 9),
+        ev.PointJudged("bench-1", 1, 0, is_valid=True),
+        ev.BenchmarkWritten("bench-1", 1),
+    ]
+    asked_again = [
+        ev.PointJudged("bench-1", 1, 1, error=FULL.info()),
+        ev.BenchmarkWritten("bench-2", 1, FULL.info()),
+    ]
+    for event in (*kept, *asked_again):
+        assert pipeline.take(event, NOW_MS).effects == []
+    assert pipeline.recovered()[1:] == kept
+
+
 def test_an_agent_that_cannot_be_admitted_is_sent_away(pipeline: Pipeline) -> None:
     """A hello whose records were refused ends its session, so that the agent tries again."""
     pipeline.take(ev.AgentSaidHello("ses-9", hello(), "10.0.0.1"), NOW_MS)
