@@ -7,6 +7,7 @@ the document kept with a result says all that was done.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from collections.abc import Mapping
@@ -160,8 +161,21 @@ def convert(document: Any, *, where: str = "benchmark", is_drawn: bool = True) -
         recipe = msgspec.convert(_with_seconds(document), BenchmarkRecipe)
         _check(recipe, is_drawn=is_drawn)
     except (msgspec.ValidationError, ValueError) as error:
-        raise InvalidRecipe(f"{where}: {error}") from None
+        raise InvalidRecipe(f"{where}: {error}", hint=_nearest_field(str(error))) from None
     return recipe
+
+
+def _nearest_field(said: str) -> str:
+    """A hint for a field that is not there: where it stands, or what is written nearly so; empty for other faults."""
+    found = _UNKNOWN_FIELD.search(said)
+    part = _PARTS.get(found[2]) if found is not None else None
+    if found is None or part is None:
+        return ""
+    for place, other in _PARTS.items():
+        if found[1] in other.__struct_encode_fields__:
+            return f"it is a field of {(place or 'the recipe itself').removeprefix('$.')}"
+    near = difflib.get_close_matches(found[1], part.__struct_encode_fields__, n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def load_benchmarks(root: Path) -> dict[str, tuple[BenchmarkRecipe, str]]:
@@ -227,6 +241,16 @@ def _with_seconds(document: Any, depth: int = 0) -> Any:
     return made
 
 
+_UNKNOWN_FIELD = re.compile(r"unknown field `([^`]*)`(?: - at `([^`]*)`)?")
+_PARTS: dict[str | None, type[msgspec.Struct]] = {
+    None: BenchmarkRecipe,
+    "$.server": Server,
+    "$.server.serve": Serve,
+    "$.load": Load,
+    "$.monitor": Monitor,
+    "$.slo": Slo,
+    "$.search": Search,
+}
 _SCHEMES = {
     "": ("https?", "http://10.0.0.7:8000"),
     "pgvector": ("postgres(?:ql)?", "postgresql://USER@HOST:PORT/DATABASE"),

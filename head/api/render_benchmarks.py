@@ -11,14 +11,13 @@ from common.bench.recipe import BenchmarkRecipe, sha256_of
 from head.api.render import error_detail, without_secrets
 from head.core import benchmark_facts
 from head.core.objects import Benchmark, Part, Point, Run
-from head.core.state import BENCHMARK_ENDED, POINT_ENDED, State
+from head.core.state import BENCHMARK_ENDED, State
 from herder import types as api
 
 
 def benchmark_view(state: State, benchmark: Benchmark, *, is_short: bool = False) -> api.BenchmarkView:
     """A benchmark and how far it is. is_short: as lists show it, without what may be long."""
     points = benchmark_facts.points_of(state, benchmark.id)
-    done = sum(point.state in POINT_ENDED for point in points)
     shown = () if is_short else tuple(point_view(point) for point in points)
     return api.BenchmarkView(
         id=benchmark.id,
@@ -28,7 +27,7 @@ def benchmark_view(state: State, benchmark: Benchmark, *, is_short: bool = False
         recipe_sha256=benchmark.recipe_sha256,
         model=_model(state, benchmark),
         service=benchmark.service,
-        points_done=done,
+        points_done=benchmark_facts.points_done(state, benchmark.id),
         points_planned=max(benchmark.planned, len(points)),
         is_valid=benchmark.state == "completed" and bool(points) and all(map(_is_good, points)),
         is_degraded=benchmark.is_degraded,

@@ -60,8 +60,8 @@ def is_ended(benchmark: Benchmark) -> bool:
 
 
 def points_done(state: State, benchmark: str) -> int:
-    """How many points have ended."""
-    return sum(point.state in POINT_ENDED for point in points_of(state, benchmark))
+    """How many points have come to their end; those that were cancelled have not."""
+    return sum(point.state in POINT_ENDED and point.state != "cancelled" for point in points_of(state, benchmark))
 
 
 def note_of(state: State, benchmark: Benchmark) -> str:

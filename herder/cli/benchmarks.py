@@ -220,7 +220,8 @@ def validate(options: Globals, file: str) -> None:
     try:
         recipe = convert(document, where=file)
     except InvalidRecipe as error:
-        raise HerderError(error.code, error.message, hint="docs/benchmarking.md lists every field") from None
+        hint = f"{error.hint + ' ' if error.hint else ''}docs/benchmarking.md lists every field"
+        raise HerderError(error.code, error.message, hint=hint) from None
     points = len(points_of(recipe)) * recipe.repetitions
     said = f"{recipe.name} is valid: {points} point{'s' if points > 1 else ''}"
     if recipe.search is not None:

@@ -49,6 +49,8 @@ def compare(options: Globals, results: tuple[str, ...], anyway: bool) -> None:
 
     if len(results) < 2:
         raise click.UsageError("give two results or more")
+    if twice := next((name for name in results if results.count(name) > 1), ""):
+        raise click.UsageError(f"{twice} is given twice: it does not differ from itself")
     with _Head(options) as head:
         found = comparing.compare([_result(head, name) for name in results])
     if found.is_serious and not anyway:

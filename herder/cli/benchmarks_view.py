@@ -179,7 +179,7 @@ def _facts(benchmark: types.BenchmarkView, now_ms: int) -> list[tuple[str, str]]
         ("found", found),
         ("note", benchmark.note),
         ("model", benchmark.model),
-        ("service", benchmark.service),
+        ("service", f"{benchmark.service}{_kept(benchmark)}"),
         ("load from", ", ".join(benchmark.load_nodes)),
         ("served on", ", ".join(benchmark.server_nodes)),
         ("by", benchmark.actor),
@@ -188,6 +188,12 @@ def _facts(benchmark: types.BenchmarkView, now_ms: int) -> list[tuple[str, str]]
         ("recipe", f"sha256 {benchmark.recipe_sha256[:16]}" if benchmark.recipe_sha256 else ""),
         ("error", _error(benchmark.error)),
     ]
+
+
+def _kept(benchmark: types.BenchmarkView) -> str:
+    """That an own service stays, with what ends it."""
+    serve = (benchmark.recipe.get("server") or {}).get("serve") or {}
+    return ", kept until `herder services delete`" if benchmark.service and serve.get("keep") else ""
 
 
 def remarks_of(benchmark: types.BenchmarkView) -> list[str]:
@@ -247,7 +253,7 @@ def compared(options: Globals, found: Any) -> str:
         head = changes_told(load.changes) or "the load as asked"
         for place in range(1, len(found.names)):
             counts = [max((f.values[at].repetitions for f in load.figures), default=0) for at in (0, place)]
-            title = f"{head}: {found.names[0]} ({counts[0]}) and {found.names[place]} ({counts[1]} valid repetitions)"
+            title = f"{head}: {found.names[0]} and {found.names[place]}\nvalid repetitions: {counts[0]} and {counts[1]}"
             rows = [_compared_row(figure, place) for figure in load.figures]
             parts.append(f"{title}\n{output.table(options, COMPARED, rows, empty='no figures')}")
     parts.append("\n".join(found.remarks))

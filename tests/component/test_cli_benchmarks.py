@@ -275,6 +275,16 @@ class TestShow:
         assert "prefix_tokens=1024 #2" in out
         assert max(len(line) for line in out.splitlines()) <= 80
 
+    @pytest.mark.parametrize("keep", [False, True])
+    def test_a_service_that_is_kept(self, head: BenchmarkHead, capsys: pytest.CaptureFixture[str], keep: bool) -> None:
+        """It is said, for it holds its devices until somebody ends it."""
+        recipe = {"server": {"serve": {"model": "m"} | ({"keep": True} if keep else {})}}
+        head.views = deque([view("completed", point(0), recipe=recipe, service=BENCHMARK)])
+        assert benchmarks("show", BENCHMARK) == 0
+        out = capsys.readouterr().out
+        assert (f"{BENCHMARK}, kept until `herder services delete`" in out) == keep
+        assert max(len(line) for line in out.splitlines()) <= 80
+
     def test_errors_are_seen_in_a_narrow_terminal(
         self, head: BenchmarkHead, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -360,7 +370,7 @@ class TestValidate:
         err = capsys.readouterr().err
         assert "error[invalid_recipe]" in err
         assert "scenarois" in err
-        assert "docs/benchmarking.md" in err
+        assert "did you mean 'scenarios'? docs/benchmarking.md" in err
 
 
 class TestCompare:
@@ -375,6 +385,11 @@ class TestCompare:
                 for number in range(3)
             ),
         )
+
+    def test_a_result_is_not_compared_with_itself(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """It would differ in nothing, which says nothing: wrong usage."""
+        assert benchmarks("compare", BENCHMARK, BENCHMARK) == 2
+        assert f"{BENCHMARK} is given twice" in capsys.readouterr().err
 
     def test_by_id(self, head: BenchmarkHead, capsys: pytest.CaptureFixture[str]) -> None:
         """A real difference is better or worse, a small one is noise."""

@@ -142,3 +142,23 @@ def test_urls_are_such_that_load_can_go_there(api: str, url: str, said: str) -> 
         return
     recipes.convert(document)
     runs.check(wire.EnsureRun(run="b.0.0", kind="load", spec={}, urls=(url,)))
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"load": {"rat": 5}}, "did you mean 'rate'?"),
+        ({"lod": {}}, "did you mean 'load'?"),
+        ({"duration": 5}, "it is a field of load"),
+        ({"load": {"repetitions": 3}}, "it is a field of the recipe itself"),
+        ({"server": {"serve": {"model": "m", "replica": 2}}}, "did you mean 'replicas'?"),
+        ({"load": {"zzzzzz": 5}}, ""),
+        ({"load": {"rate": "fast"}}, ""),
+    ],
+)
+def test_a_misspelt_field_is_told_its_nearest(change: dict[str, Any], hint: str) -> None:
+    """Where a field of that very name stands, else what is written nearly so in its own part."""
+    document = {"name": "x", "server": {"service": "s"}, "load": {"rate": 1, "duration": 5}} | change
+    with pytest.raises(InvalidRecipe) as found:
+        recipes.convert(document)
+    assert found.value.hint == hint

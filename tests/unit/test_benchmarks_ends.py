@@ -195,6 +195,7 @@ class TestEnd:
         if stage == "finishing":
             world.write(key)
         assert (world.benchmark(key).state, world.point(key).state) == ("cancelled", expected)
+        assert benchmark_view(world.state, world.benchmark(key)).points_done == (stage == "finishing")
         assert not world.state.runs
 
     @pytest.mark.parametrize("error", [None, Internal("disk").info()])
