@@ -262,15 +262,16 @@ class Connection:
         except OSError as error:
             self._fail("reset", error.strerror or "recv")
             return
-        at = now = _monotonic_ns()
-        owner.reads += 1
-        # The kernel switches stamping on a moment after it is asked to: the first reads may come without.
+        now = _monotonic_ns()
         if control:
             seconds, nanoseconds = _unpack(control[0][2])
             at = seconds * 1_000_000_000 + nanoseconds - owner.stamps.offset_ns
             if at > now:
                 at = now
             owner.lags.append(now - at)
+        else:  # the kernel switches stamping on a moment after it is asked to
+            at = now
+            owner.reads += 1
         if self._tls is not None:
             self._read_tls(data, at)
         elif data:

@@ -126,8 +126,10 @@ class Engine:
         self.gaps = Histogram()
         """Gaps that are both between pieces and between tokens: counted once here, added to both at the end."""
         self.lags: list[int] = []
+        """Of the reads since the last sweep."""
         self.untold = Untold()
         self.reads = self.coalesced = 0
+        """Reads without a stamp as they come, those with one at the next sweep."""
         self.start_ns = 0
         self.is_stopping = False
         self.stopped_ns: int | None = None
@@ -201,7 +203,8 @@ class Engine:
         self._begin_slots()
         self._look_ahead()
         next_sweep, next_tick = start_ns, start_ns + TICK_NS
-        while not self._is_over():
+        next_look = next_sweep
+        while self.live or not self._is_over():
             if self._next_ns != self._armed_ns and self._next_ns != _FAR_NS:
                 self.timer.arm(self._next_ns)
                 self._armed_ns = self._next_ns
@@ -209,12 +212,15 @@ class Engine:
             now = _monotonic_ns()
             if now >= self._next_ns:
                 self._send_due(now)
+            if now < next_look:
+                continue
             if now >= next_sweep:
                 self._sweep(now)
                 next_sweep = now + SWEEP_NS
             if now >= next_tick:
                 self._tick(now)
                 next_tick += TICK_NS * max(1, (now - next_tick) // TICK_NS + 1)
+            next_look = min(next_sweep, next_tick)
         self._sweep(_monotonic_ns())
         self._tick(_monotonic_ns())
         facts = self.records
@@ -436,6 +442,7 @@ class Engine:
         """Ends what takes too long; keeps the clocks together."""
         self.stamps.refresh()
         self.records.lag.add_all(self.lags)
+        self.reads += len(self.lags)
         self.lags.clear()
         limits = self.share.limits
         if len(self.records) >= self.share.most_rows and not self.is_stopping:

@@ -299,7 +299,7 @@ class Threads:
             figures.requests, figures.errors = good + errors, errors
             if listed:
                 figures.latency = Figures().latency
-                figures.latency.add_all(int(value * NS) for value in listed)
+                figures.latency.add_all([int(value * NS) for value in listed])
         if figures.requests - figures.errors > figures.latency.count:
             notes.append("the service's threads told no latency for some requests: percentiles leave those out")
         return notes

@@ -8,12 +8,18 @@ Source: HdrHistogram (idea), with a power of two instead of decimal digits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 SUB_BITS = 7
 MAX_VALUE = (1 << 62) - 1
 RELATIVE_ERROR = 1 / (1 << (SUB_BITS + 1))
 _EXACT = 1 << (SUB_BITS + 1)
+MIN_TALLIED = 16  # fewer values are quicker one by one
+_LOWER = 0 if sys.byteorder == "little" else 1
+_FIRST_TOP = (127 + SUB_BITS - 1) << SUB_BITS  # upper half of the float that would be in bucket 0
 
 
 def bucket_of(value: int) -> int:
@@ -56,28 +62,20 @@ class Histogram:
         if self.max is None or value > self.max:
             self.max = value
 
-    def add_all(self, values: Iterable[int]) -> None:
+    def add_all(self, values: Sequence[int]) -> None:
         """Counts many values, with less work for each than `add`."""
-        counts, total, number = self.counts, 0, 0
-        least, greatest = self.min, self.max
-        for value in values:
-            if value < _EXACT:
-                bucket = max(value, 0)
-            elif value > MAX_VALUE:
-                bucket = bucket_of(value)
-            else:
-                exponent = value.bit_length() - SUB_BITS - 1
-                bucket = (exponent << SUB_BITS) + (value >> exponent)
-            counts[bucket] = counts.get(bucket, 0) + 1
-            total += value
-            number += 1
-            if least is None or value < least:
-                least = value
-            if greatest is None or value > greatest:
-                greatest = value
-        self.sum += total
-        self.count += number
-        self.min, self.max = least, greatest
+        if not values:
+            return
+        least, greatest = min(values), max(values)
+        counts = self.counts
+        for bucket, times in _tally(values, least, greatest).items():
+            counts[bucket] = counts.get(bucket, 0) + times
+        self.count += len(values)
+        self.sum += sum(values)
+        if self.min is None or least < self.min:
+            self.min = least
+        if self.max is None or greatest > self.max:
+            self.max = greatest
 
     def merge(self, other: Histogram) -> None:
         """Adds another histogram to this one."""
@@ -143,6 +141,20 @@ class Histogram:
         made.min = least if isinstance(least, int) else None
         made.max = greatest if isinstance(greatest, int) else None
         return made
+
+
+def _tally(values: Sequence[int], least: int, greatest: int) -> Mapping[int, int]:
+    """How many values each bucket gets.
+
+    The upper half of a 32-bit float is its exponent and the first 7 bits of its fraction: a bucket, but for where they
+    begin. Whole numbers below 2^24 are such floats exactly; others might be rounded up into the next bucket, where the
+    lower half would be 0.
+    """
+    if least >= _EXACT and len(values) >= MIN_TALLIED:
+        halves = memoryview(array("f", values)).cast("B").cast("H")
+        if greatest < 1 << 24 or (greatest < 1 << 62 and 0 not in halves[_LOWER::2]):
+            return {top - _FIRST_TOP: times for top, times in Counter(halves[1 - _LOWER :: 2]).items()}
+    return Counter(map(bucket_of, values))
 
 
 def nearest_rank(count: int, share: float) -> int:

@@ -47,6 +47,39 @@ def test_merged_is_the_whole(one: list[int], two: list[int], share: float) -> No
     assert abs(found - exact) <= RELATIVE_ERROR * exact + 0.5
 
 
+@given(
+    st.lists(
+        st.one_of(
+            st.integers(-5, 1 << 63),
+            st.integers(200, 1 << 25),
+            st.tuples(st.integers(8, 62), st.integers(-3, 3), st.integers(0, 127)).map(
+                lambda at: (1 << at[0]) + (at[2] << at[0] >> 7) + at[1]  # at the edges of buckets
+            ),
+        ),
+        max_size=60,
+    )
+)
+def test_many_at_once_are_as_one_by_one(values: list[int]) -> None:
+    """Values of every size, and those beside the edges of buckets, go to the same buckets."""
+    together, each = Histogram(), Histogram()
+    together.add_all(values)
+    for value in values:
+        each.add(value)
+    assert together.to_wire() == each.to_wire()
+
+
+@pytest.mark.parametrize("exponent", range(8, 62))
+def test_every_edge_of_a_bucket(exponent: int) -> None:
+    """The first and the last value of every bucket of a power of two, counted together."""
+    edges = [(1 << exponent) + (step << exponent - 7) + off for step in range(128) for off in (-1, 0, 1)]
+    together, each = Histogram(), Histogram()
+    together.add_all([value for value in edges if value >= 256])
+    for value in edges:
+        if value >= 256:
+            each.add(value)
+    assert together.counts == each.counts
+
+
 def test_a_histogram_from_elsewhere_is_checked() -> None:
     """Counts that disagree and other widths are refused."""
     good = Histogram()
