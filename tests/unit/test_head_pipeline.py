@@ -12,6 +12,7 @@ from head import pipeline as pipeline_module
 from head.core import events as ev
 from head.core.effects import CloseSession, Effect, Refuse, Reply, Send
 from head.core.state import State
+from head.core.turn import Turn
 from head.pipeline import Pipeline
 from tests.doubles.head_shell import NOW_MS, hello, model, record, register, small_step
 
@@ -168,8 +169,15 @@ def test_facts_from_agents_are_parked_and_taken_again(pipeline: Pipeline) -> Non
     assert names(pipeline.committed().effects) == ["send ResultAck", "send ResultAck"]
 
 
-def test_facts_of_benchmarks_are_parked_unless_they_are_errors(pipeline: Pipeline) -> None:
+def test_facts_of_benchmarks_are_parked_unless_they_are_errors() -> None:
     """What was stored, judged and written counts once the journal writes; what failed meanwhile is asked again."""
+
+    def noting(state: State, event: ev.Event, now_ms: int) -> Turn:
+        turn = Turn(state, now_ms, cause="test")
+        turn.put(model("noted"), "model_registered")
+        return turn
+
+    pipeline = Pipeline(State(), noting)
     pipeline.take(result("op-1"), NOW_MS)
     pipeline.seal()
     pipeline.refused(FULL)
