@@ -60,13 +60,15 @@ class BenchmarkCalls:
         return await self._http.request("DELETE", f"/benchmarks/{segment(benchmark_id)}", types.Deleted)
 
     async def watch_benchmark(
-        self, benchmark_id: str, *, timeout_s: float | None = None
+        self, benchmark_id: str, *, timeout_s: float | None = None, on_lost: Callable[[bool], None] | None = None
     ) -> AsyncGenerator[types.BenchmarkView, None]:
         """The benchmark now and whenever it differs, until it has ended.
 
-        A head that restarts meanwhile is waited for. Raises: HerderTimeoutError after timeout_s; it runs on.
+        A head that restarts meanwhile is waited for; on_lost is called when it no longer answers, and when it does
+        again. Raises: HerderTimeoutError after timeout_s; it runs on.
         """
-        async with aclosing(following.watch_benchmark(self._http, benchmark_id, timeout_s=timeout_s)) as views:
+        watched = following.watch_benchmark(self._http, benchmark_id, timeout_s=timeout_s, on_lost=on_lost)
+        async with aclosing(watched) as views:
             async for view in views:
                 yield view
 

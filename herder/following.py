@@ -164,7 +164,11 @@ def watch_service(transport: Transport, name: str, *, timeout_s: float | None) -
 
 
 def watch_benchmark(
-    transport: Transport, benchmark_id: str, *, timeout_s: float | None
+    transport: Transport,
+    benchmark_id: str,
+    *,
+    timeout_s: float | None,
+    on_lost: Callable[[bool], None] | None = None,
 ) -> AsyncGenerator[BenchmarkView, None]:
     """The benchmark's view now and whenever it differs, until it has ended. See `_watch`."""
     return _watch(
@@ -179,6 +183,7 @@ def watch_benchmark(
             hint=f"`herder benchmarks show {benchmark_id}` looks again",
         ),
         timeout_s=timeout_s,
+        on_lost=on_lost,
     )
 
 
@@ -222,11 +227,13 @@ async def _watch(
     is_done: Callable[[T], bool],
     late: Callable[[T], HerderError],
     timeout_s: float | None,
+    on_lost: Callable[[bool], None] | None = None,
 ) -> AsyncGenerator[T, None]:
     """Views of one object until one is the last.
 
     The change feed (kinds and key in `news`) wakes us at once; in between we look every PROGRESS_PERIOD_S, because
-    bytes are not events. A head that restarts is waited for. Raises: what `late` makes, after timeout_s.
+    bytes are not events. A head that restarts is waited for; on_lost hears when it does not answer, and when it does
+    again. Raises: what `late` makes, after timeout_s.
     """
     loop = asyncio.get_running_loop()
     end = None if timeout_s is None else loop.time() + timeout_s
@@ -239,12 +246,16 @@ async def _watch(
             wake.clear()
             try:
                 view = await transport.request("GET", path, type_)
+                if lost_since is not None and on_lost is not None:
+                    on_lost(False)
                 lost_since = None
             except HerderError as error:
-                lost_since = loop.time() if lost_since is None else lost_since
+                is_new, lost_since = lost_since is None, lost_since or loop.time()
                 # A head that never answered is not a head that restarts.
                 if not is_passing(error) or last is None or loop.time() - lost_since > UNREACHABLE_S:
                     raise
+                if is_new and on_lost is not None:
+                    on_lost(True)
                 view = last
             if view != last:
                 last = view

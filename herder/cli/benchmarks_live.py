@@ -30,6 +30,7 @@ WIDTH = 80
 LINE_PERIOD_S = 10.0
 POINTS_SHOWN = 8
 RATE_SECONDS = 5
+SILENT = "the head does not answer and is asked again; load that runs goes on"
 
 
 def follow(options: Globals, benchmark: types.BenchmarkView, *, timeout_s: float | None = None) -> types.BenchmarkView:
@@ -58,7 +59,8 @@ async def _follow(
     ) as client:
         seconds = asyncio.ensure_future(_take_seconds(client.live_benchmark(benchmark.id), shown))
         try:
-            async with aclosing(client.watch_benchmark(benchmark.id, timeout_s=timeout_s)) as changes:
+            watched = client.watch_benchmark(benchmark.id, timeout_s=timeout_s, on_lost=shown.take_silence)
+            async with aclosing(watched) as changes:
                 async for last in changes:
                     shown.take_view(last)
         finally:
@@ -92,6 +94,7 @@ class Live:
         self._drawn = 0
         self._said: dict[int, str] = {}
         self._status = ""
+        self._is_silent = False
         self._line_at = -LINE_PERIOD_S
 
     def take_view(self, benchmark: types.BenchmarkView) -> None:
@@ -122,6 +125,14 @@ class Live:
         elif self._clock() - self._line_at >= LINE_PERIOD_S:
             self._line_at = self._clock()
             self.say(f"  point {tick.point}: {', '.join(self._seconds())}")
+
+    def take_silence(self, is_silent: bool) -> None:
+        """The head no longer answers, or does again."""
+        self._is_silent = is_silent
+        if self._is_terminal:
+            self._draw()
+        else:
+            self.say(f"  {SILENT}" if is_silent else "  the head answers again")
 
     def say(self, line: str) -> None:
         """A line that stays."""
@@ -158,7 +169,9 @@ class Live:
         is_running = self._tick is not None and any(
             point.number == self._tick.point and point.status == "running" for point in benchmark.points
         )
-        if is_running:
+        if self._is_silent:
+            lines.append(SILENT)
+        elif is_running:
             lines += self._seconds()
         elif benchmark.note:
             lines.append(benchmark.note)

@@ -127,6 +127,15 @@ class TestRun:
         assert out.splitlines()[-2].split()[:3] == ["0", "rate=1", "valid"]
         assert max(len(line) for line in out.splitlines()) <= 80
 
+    def test_a_head_that_stays_away_for_a_while(self, head: BenchmarkHead, capsys: pytest.CaptureFixture[str]) -> None:
+        """Both are said, once each: that it does not answer, and that it does again."""
+        head.views = deque([view("running", point(0, "running")), *[view("running")] * 2, view("completed", point(0))])
+        head.refusals = {2: 5}
+        assert benchmarks("run", "smoke") == 0
+        err = capsys.readouterr().err
+        assert err.count("the head does not answer") == err.count("the head answers again") == 1
+        assert err.index("does not answer") < err.index("answers again") < err.index(f"{BENCHMARK}: completed")
+
     def test_a_result_that_must_not_be_believed(self, head: BenchmarkHead, capsys: pytest.CaptureFixture[str]) -> None:
         """An invalid point makes exit code 1 and is named with its reason; -o json prints the API's own type."""
         late = point(1, is_valid=False, reasons=("late",))
@@ -218,6 +227,20 @@ class TestLive:
         assert max(len(line) for line in plain) <= 80
         shown.end()
         assert stream.getvalue().endswith("\x1b[J")
+
+    def test_a_silent_head(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is said in place of seconds that stand still, and no more once the head answers."""
+        stream = self.Terminal()
+        monkeypatch.setattr(sys, "stderr", stream)
+        shown = benchmarks_live.Live(Globals())
+        shown.take_view(view("running", point(1, "running")))
+        shown.take_tick(tick(1, 1.0))
+        for is_silent in (True, False):
+            shown.take_silence(is_silent)
+            lines = shown._lines()
+            assert (benchmarks_live.SILENT in lines) == is_silent
+            assert ("9.00 requests/s" in "".join(lines)) != is_silent
+            assert max(map(len, lines)) <= 80
 
     def test_a_new_point_counts_anew(self) -> None:
         """Sums are the point's, not the benchmark's."""

@@ -80,6 +80,8 @@ class BenchmarkHead(ApiDouble):
         super().__init__()
         self.views: deque[types.BenchmarkView] = deque()
         self.others: dict[str, types.BenchmarkView] = {}
+        self.refusals: dict[int, int] = {}
+        """How many looks at the benchmark are refused as by a head that stops, when so many views are left."""
         self.ticks: list[types.BenchmarkTick] = []
         self.reports: dict[tuple[str, str], bytes] = {}
         """(point or "", format) -> content."""
@@ -106,6 +108,9 @@ class BenchmarkHead(ApiDouble):
                 return _json(self.views[0], 202)
             case ("GET", "benchmarks", name) if name in self.others:
                 return _json(self.others[name])
+            case ("GET", "benchmarks", name) if name == BENCHMARK and self.refusals.get(len(self.views), 0):
+                self.refusals[len(self.views)] -= 1
+                return _json(types.ErrorAnswer(types.ErrorDetail("unavailable", "it is about to stop")), 503)
             case ("GET", "benchmarks", name) if name == BENCHMARK:
                 return _json(self.views.popleft() if len(self.views) > 1 else self.views[0])
             case ("POST", "benchmarks", _, "cancel"):
