@@ -25,8 +25,8 @@ from agent.loadgen.workload import Item
 
 READ_BYTES = 16_384  # a larger buffer is allocated through mmap at every read and costs three times as much
 MAX_BODY = 64 << 20
-LIKENESSES = 4  # times that what the events of an answer have in common is looked for
-LIKEN_AFTER = 4  # events, and then twice as many each time: short answers are not worth the look
+LIKEN_AFTER = 4  # events until what they have in common is looked for: short answers are not worth the look
+LIKEN_EVERY = 16  # events for each time it is looked for: some servers write another second into each event
 MAX_ERROR_BODY = 4_096
 _IN, _OUT = select.EPOLLIN, select.EPOLLOUT
 _monotonic_ns = time.monotonic_ns
@@ -368,8 +368,7 @@ class Connection:
         """Behind an event that came as a read of its own: from the next on a look at the text may do."""
         if call.answer.output_tokens >= 0:
             return  # usage in every event is read in every event
-        stamps = len(call.stamps)
-        if call.tries < LIKENESSES and stamps >= LIKEN_AFTER << call.tries:
+        if len(call.stamps) >= LIKEN_AFTER + LIKEN_EVERY * call.tries:
             call.tries += 1
             call.likeness = learn(payload, self.owner.api.read_event) or call.likeness
         call.like = call.likeness

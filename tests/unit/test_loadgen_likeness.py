@@ -106,10 +106,11 @@ def test_the_short_way_tells_the_same(runs: list[tuple[bytes, list[str]]], glued
             cut = len(both) if at % 2 else len(both) // 2 + at % 5
             reads[at : at + 2] = [part for part in (both[:cut], both[cut:]) if part]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection_module, "LIKENESSES", 0)
+        patch.setattr(connection_module, "LIKEN_AFTER", 1 << 40)
         wanted = told(reads, keeps_text=keeps_text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(connection_module, "LIKEN_AFTER", 1)
+        patch.setattr(connection_module, "LIKEN_EVERY", 2)
         assert told(reads, keeps_text=keeps_text) == wanted
 
 
@@ -123,12 +124,12 @@ def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         return inner(reader, data)
 
     monkeypatch.setattr(AnswerReader, "whole_event", looking)
-    events = [chat({"content": " x" * (number % 20 + 1)}) for number in range(200)]
-    events[100] = chat({"content": "two\nlines"})
+    events = [chat({"content": " x" * (number % 20 + 1)}, created=number // 50) for number in range(200)]
+    events[120] = chat({"content": "two\nlines"}, created=2)
     reads = [HEAD, *map(chunk_of, events), chunk_of(b"data: [DONE]\n\n"), b"0\r\n\r\n"]
     stamps, *_ = told(reads, keeps_text=True)
     assert stamps == list(range(1, 201))
-    assert len(looked) < 30
+    assert len(looked) < 15
 
 
 @pytest.mark.parametrize(
