@@ -4,6 +4,7 @@ everything else to stderr."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -166,6 +167,21 @@ def interruptible(said: str) -> Iterator[None]:
         raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
 
 
+_LISTED_BY = {
+    "models": "herder models",
+    "nodes": "herder nodes",
+    "services": "herder services",
+    "replicas": "herder services show NAME",
+    "jobs": "herder jobs",
+    "keys": "herder keys",
+    "benchmarks": "herder benchmarks",
+    "benchmarks/{id}": "herder benchmarks show ID",
+    "benchmark-recipes": "herder benchmarks recipes",
+}
+_API_LISTS = re.compile(rf"GET /api/v1/({'|'.join(map(re.escape, _LISTED_BY))})(?= (?:lists|names) )")
+"""The head's hints are for all who use its API: here the command says it."""
+
+
 def show_error(code: str, message: str, hint: str = "") -> None:
     """`error[code]: message`, and what to do on a second line."""
     label = f"error[{code}]:"
@@ -194,7 +210,7 @@ def hint_for(error: HerderError, options: Globals) -> str:
     """The error's own hint, or what helps at the command line."""
     if isinstance(error, HerderApiError) and error.status == 401:
         return "--token-file or HERDER_TOKEN_FILE names the file with your token; `herder keys create` makes tokens"
-    return error.hint
+    return _API_LISTS.sub(lambda found: f"`{_LISTED_BY[found[1]]}`", error.hint)
 
 
 def _one_line(text: str) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 import pytest
 
+from herder.cli import output
 from herder.cli.command import FORMATS, GlobalOption, Globals
 from herder.cli.main import SECTIONS, cli, run
+from herder.errors import HerderApiError
+
+ROOT = Path(__file__).parents[2]
 
 
 def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -24,6 +30,7 @@ def commands(group: click.Group = cli, path: tuple[str, ...] = ()) -> Iterator[t
 
 
 ALL = sorted(commands())
+LISTS = {f"herder {name}" for name, command in cli.commands.items() if isinstance(command, click.Group)}
 
 
 def find(path: tuple[str, ...]) -> click.Command:
@@ -89,3 +96,18 @@ def test_completion_scripts(shell: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_formats_are_documented() -> None:
     """The three formats are those of the documentation."""
     assert FORMATS == ("table", "json", "yaml")
+
+
+def test_hints_of_the_head_are_told_as_commands() -> None:
+    """Every list that a hint of the head names by its path is named by its command, and the command exists."""
+    hints = {
+        found[1]
+        for path in (ROOT / "head").rglob("*.py")
+        for found in re.finditer(r'"(GET /api/v1/\S+ (?:lists|names) [^"]*)"', path.read_text())
+    }
+    assert len(hints) >= 9
+    for hint in hints:
+        told = output.hint_for(HerderApiError("not_found", "no such thing", hint=hint, status=404), Globals())
+        words = re.match(r"`herder ([a-z- ]+[a-z])( [A-Z]+)?` (lists|names) ", told)
+        assert words is not None, told
+        assert tuple(words[1].split()) in ALL or f"herder {words[1]}" in LISTS, told
