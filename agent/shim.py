@@ -38,6 +38,8 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 SEGMENTS = 4  # a run keeps this many log segments, each a fourth of its log size
+SHORT_SEGMENTS = 64  # and at most so many where a full disk cut them short
+FULL_MS = 1_000  # after a write that failed, output is lost for so long before the next is tried
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 READ_BYTES = 65_536
 INDEX_MS = 50  # output that comes within so long of the last entry of the index gets none of its own
@@ -62,10 +64,15 @@ class Log:
         self.index_room = 0  # a segment whose index is full ends early, so that every line keeps its time
         self.noted_ms = -INDEX_MS  # when the last entry was written, monotonic
         self.ends_line = True
+        self.full_until_ms = 0  # monotonic; 0: the last write went well
 
     def write(self, data: bytes) -> None:
-        """Appends; a full disk loses output, not the engine."""
+        """Appends; a full disk loses new output, not the engine and not what was kept before."""
         while data:
+            if self.full_until_ms and time.monotonic_ns() // 1_000_000 < self.full_until_ms:
+                self.offset += len(data)  # the next segment's name says what is gone
+                self.ends_line = data.endswith(b"\n")
+                return
             if self.room <= 0 or self.index_room <= 0:
                 self._next()
             self._note()
@@ -76,8 +83,10 @@ class Log:
             try:
                 while piece:
                     piece = piece[os.write(self.descriptor, piece) :]
+                self.full_until_ms = 0
             except OSError:
-                self.room = 0  # what could not be written is gone; the next segment's name says so
+                self.room = 0
+                self.full_until_ms = time.monotonic_ns() // 1_000_000 + FULL_MS
 
     def _note(self) -> None:
         """Notes when the output at this offset came; before the output itself, so that none is seen without."""
@@ -100,13 +109,10 @@ class Log:
                 os.close(descriptor)
         self.descriptor = self.index = -1
         path = os.path.join(self.directory, f"log.{self.offset:015d}")
+        self._drop_old()
         try:
             self.descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             self.names.append(path)
-            while len(self.names) > SEGMENTS:
-                old = self.names.pop(0)
-                os.unlink(old)
-                os.unlink(old + ".at")
         except OSError:
             pass
         try:
@@ -114,8 +120,41 @@ class Log:
         except OSError:
             pass
         self.room = self.segment_bytes
-        self.index_room = max(4096, self.segment_bytes // 4)
+        self.index_room = self._index_bytes
         self.noted_ms = -INDEX_MS
+
+    def _drop_old(self) -> None:
+        """Makes room for one more segment, by how full those are that are there: a full disk leaves them short."""
+        full = [self._fullness(name) for name in self.names]
+        if full and not _size(self.names[-1]):
+            full.pop()
+            _unlink(self.names.pop())
+        while full and (len(full) >= SHORT_SEGMENTS or sum(full) > SEGMENTS - 1):
+            del full[0]
+            _unlink(self.names.pop(0))
+
+    def _fullness(self, segment: str) -> float:
+        return max(_size(segment) / self.segment_bytes, _size(segment + ".at") / self._index_bytes)
+
+    @property
+    def _index_bytes(self) -> int:
+        return max(4096, self.segment_bytes // 4)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
+
+
+def _unlink(segment: str) -> None:
+    """Removes a segment and its index."""
+    for path in (segment, segment + ".at"):
+        try:
+            os.unlink(path)
+        except OSError:
+            pass
 
 
 def write_json(path: str, value: dict[str, Any]) -> None:

@@ -48,8 +48,8 @@ def read_from(place: Path, offset: int, size: int) -> tuple[int, bytes]:
     for start, path in segments(place):
         try:
             length = path.stat().st_size
-            if start + length <= offset:
-                continue
+            if start + length <= offset or not length:
+                continue  # an empty one is what a full disk leaves
             with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     continue  # a pipe or a device under a log's name would hold the reader
@@ -71,24 +71,31 @@ def tail_start(place: Path, lines: int, *, end: int | None = None) -> tuple[int,
     if lines <= 0:
         return end, 0
     first = segments(place)[0][0] if end else 0
-    position, found = end, b""
-    while position > first and len(found) < TAIL_BYTES_MAX:
+    position, newlines, size = end, 0, 0
+    found: list[tuple[int, bytes]] = []  # pieces and where they start, the last first: there may be gaps between them
+    while position > first and size < TAIL_BYTES_MAX and newlines <= lines:
         start = max(first, position - limits.LOG_CHUNK_BYTES)
-        at, data = start, b""
+        at, pieces = start, []
         while at < position:
             at, piece = read_from(place, at, position - at)
+            piece = piece[: max(0, position - at)]  # behind a gap is what was found already
             if not piece:
                 break
-            data += piece
+            pieces.append((at, piece))
             at += len(piece)
-        found = data + found
+        found += reversed(pieces)
+        newlines += sum(piece.count(b"\n") for _, piece in pieces)
+        size += sum(len(piece) for _, piece in pieces)
         position = start
-        if found.removesuffix(b"\n").count(b"\n") >= lines:
-            break
     if not found:
         return end, 0
-    kept = found.removesuffix(b"\n").split(b"\n")[-lines:]
-    return end - len(b"\n".join(kept)) - (1 if found.endswith(b"\n") else 0), len(kept)
+    kept = b"".join(piece for _, piece in reversed(found)).removesuffix(b"\n").split(b"\n")[-lines:]
+    left = len(b"\n".join(kept)) + found[0][1].endswith(b"\n")
+    for at, piece in found:
+        if left <= len(piece):
+            return at + len(piece) - left, len(kept)
+        left -= len(piece)
+    return first, len(kept)
 
 
 def last_lines(place: Path, lines: int = limits.LAST_LOG_LINES) -> tuple[str, ...]:

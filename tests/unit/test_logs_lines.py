@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from pathlib import Path
@@ -72,6 +73,77 @@ def test_each_line_has_the_time_of_its_arrival(tmp_path: Path, clock: Clock) -> 
     assert all(0 <= want - line.at_ms < 100 for want, line in zip(expected, lines, strict=True))
     assert lines[2].at_ms == expected[2]
     assert lines[5].at_ms == expected[5]
+
+
+class FullDisk:
+    """Makes the shim's writes fail, its log's and its index's alike."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_full = False
+        real = os.write
+
+        def write(descriptor: int, data: bytes) -> int:
+            if self.is_full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(descriptor, data)
+
+        monkeypatch.setattr("agent.shim.os.write", write)
+
+
+def test_a_full_disk_loses_new_output_only(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long the disk is full: what was kept stays, new output is told as lost, and with room the log goes on."""
+    disk, log = FullDisk(monkeypatch), log_of(tmp_path)
+    for number in range(500):
+        log.write(b"before %d\n" % number)
+    disk.is_full = True
+    for number in range(2_000):
+        clock.now_ms += 100
+        log.write(b"while full %d\n" % number)
+        assert len(segments(tmp_path)) <= 2
+    disk.is_full = False
+    clock.now_ms += 2_000
+    for number in range(10):
+        log.write(b"after %d\n" % number)
+    clock.now_ms += 100
+    reader = LineReader(tmp_path)
+    texts = [line.text for line in all_of(reader)]
+    assert texts == [f"before {number}" for number in range(500)] + [f"after {number}" for number in range(10)]
+    assert reader.lost_bytes == sum(len(b"while full %d\n" % number) for number in range(2_000))
+    assert end_of(tmp_path) == log.offset
+    # the last lines are counted over the gap
+    offset, found = tail_start(tmp_path, 15)
+    assert found == 15
+    assert [line.text for line in all_of(LineReader(tmp_path, offset))] == texts[-15:]
+    assert all(path.stat().st_size for _, path in segments(tmp_path))
+
+
+def test_a_disk_that_is_full_now_and_then_leaves_few_segments(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short segments are bounded by number, long ones by size; the newest output is always there."""
+    disk, log = FullDisk(monkeypatch), log_of(tmp_path, segment_bytes=4_096)
+    for number in range(300):
+        disk.is_full = number % 2 == 1
+        clock.now_ms += 5_000
+        log.write(b"%04d %s\n" % (number, b"x" * (number % 7) * 300))
+    found = segments(tmp_path)
+    assert len(found) <= shim.SHORT_SEGMENTS
+    assert sum(path.stat().st_size for _, path in found) <= shim.SEGMENTS * 4_096
+    assert all_of(LineReader(tmp_path))[-1].text.startswith("0298")
+
+
+def test_empty_segments_hide_nothing(tmp_path: Path) -> None:
+    """As an older shim left them on a full disk: reading from any place goes on behind them."""
+    for start in (100, 200, 300):
+        (tmp_path / f"log.{start:015d}").touch()
+    (tmp_path / "log.000000000000000").write_bytes(b"one\ntwo\n")
+    (tmp_path / "log.000000000000350").write_bytes(b"cut\nthree\n")
+    (tmp_path / "log.000000000000400").touch()
+    assert [line.text for line in all_of(LineReader(tmp_path))] == ["one", "two", "three"]
+    assert [line.text for line in all_of(LineReader(tmp_path, 8))] == ["three"]
+    assert [line.text for line in all_of(LineReader(tmp_path, 250))] == ["three"]
+    assert tail_start(tmp_path, 3) == (4, 3)
+    assert tail_start(tmp_path, 100) == (0, 4)
 
 
 def test_a_torn_entry_is_no_entry(tmp_path: Path, clock: Clock) -> None:
