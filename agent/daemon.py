@@ -136,6 +136,7 @@ class Agent:
             send_tick=self.link.offer_tick,
             file_roots=config.sources.file_roots,
             allow_link_local=config.allow_link_local,
+            tls=config.tls,
         )
         self.logs = LogService(self.tasks, self.files.find, self.link.send_log, sources.find)
         self.retention = Retention(

@@ -14,6 +14,7 @@ import ssl
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -221,8 +222,11 @@ class _Translated:
         if isinstance(error, TimeoutError):
             raise HerderTimeoutError("timed_out", f"no answer from {self._url} in time") from None
         if isinstance(error, aiohttp.ClientError | OSError):
+            hint = self._start_hint()
+            if isinstance(error, aiohttp.ServerDisconnectedError) and self._url.startswith("http:"):
+                hint = "a head with TLS is asked at https://"
             raise HerderConnectionError(
-                "cut_off", f"the connection to {self._url} broke: {_one_line(error)}", hint=self._start_hint()
+                "cut_off", f"the connection to {self._url} broke: {_one_line(error)}", hint=hint
             ) from None
 
     def _unreachable(self, error: BaseException) -> str:
@@ -288,6 +292,9 @@ def _tls_context(settings: Settings) -> ssl.SSLContext | None:
     if not (settings.ca_file or settings.cert_file):
         return None
     try:
+        for path in (settings.ca_file, settings.cert_file, settings.key_file):
+            if path:
+                Path(path).read_bytes()  # ssl does not say which file it cannot read
         context = ssl.create_default_context(cafile=settings.ca_file or None)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if settings.cert_file:

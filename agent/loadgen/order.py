@@ -43,6 +43,8 @@ class Aim:
     headers: tuple[str, ...] = ()
     """Each as `Name: value`; sent to all of them."""
     ca_file: str | None = None
+    client: tuple[str, str] | None = None
+    """Files of the certificate and its key that are shown to servers that ask for one."""
     is_unverified: bool = False
     password_file: str | None = None
     """Of PostgreSQL's user."""
@@ -174,7 +176,7 @@ def _targets(aim: Aim, api: Api, asked_for: LoadSpec) -> tuple[Target, ...]:
         raise ValueError(f"spread {aim.spread!r}: one of {', '.join(SPREADS)}")
     if not 1 <= len(aim.urls) <= MAX_ENDPOINTS:
         raise ValueError(f"give 1 to {MAX_ENDPOINTS} URLs")
-    safety: dict[str, Any] = {"is_unverified": aim.is_unverified, "ca_file": aim.ca_file}
+    safety: dict[str, Any] = {"is_unverified": aim.is_unverified, "ca_file": aim.ca_file, "client": aim.client}
     if api.framing == "rows":
         statement, settings = vectors.statement_of(asked_for), vectors.settings_of(asked_for)
         targets = [

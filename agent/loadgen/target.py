@@ -32,6 +32,8 @@ class Target:
     headers: tuple[tuple[str, str], ...] = ()
     is_unverified: bool = False
     ca_file: str | None = None
+    client: tuple[str, str] | None = None
+    """Files of our own certificate and its key, for servers that ask for one."""
     login: Login | None = None
     """Of PostgreSQL; None for HTTP."""
 
@@ -51,10 +53,14 @@ class Target:
         return int(family), (str(address[0]), int(address[1]))
 
     def tls(self) -> ssl.SSLContext | None:
-        """The TLS context; None for plain HTTP."""
+        """The TLS context; None for plain HTTP. Raises: OSError (ssl.SSLError is one) for files that are none."""
         if not self.is_tls:
             return None
+        if self.ca_file:
+            Path(self.ca_file).read_bytes()  # ssl does not say which file it cannot read
         context = ssl.create_default_context(cafile=self.ca_file)
+        if self.client is not None:
+            context.load_cert_chain(*self.client, password=lambda: "")  # asks nobody for a password
         if self.login is None:
             context.set_alpn_protocols(["http/1.1"])
         if self.is_unverified:
@@ -116,6 +122,7 @@ def parse_url(
     headers: Sequence[tuple[str, str]] = (),
     is_unverified: bool = False,
     ca_file: str | None = None,
+    client: tuple[str, str] | None = None,
 ) -> Target:
     """The target of `http://host:8000`, `.../v1` or a URL that names the API itself. Raises: ValueError."""
     if "://" not in url:
@@ -141,7 +148,7 @@ def parse_url(
             raise ValueError(f"the header {key} is set by the load generator itself")
     is_tls = parts.scheme == "https"
     return Target(
-        parts.hostname, port or (443 if is_tls else 80), is_tls, found, tuple(headers), is_unverified, ca_file
+        parts.hostname, port or (443 if is_tls else 80), is_tls, found, tuple(headers), is_unverified, ca_file, client
     )
 
 
@@ -153,6 +160,7 @@ def parse_postgres(
     password_file: str | None = None,
     is_unverified: bool = False,
     ca_file: str | None = None,
+    client: tuple[str, str] | None = None,
 ) -> Target:
     """The target of `postgresql://user@host:port/database?sslmode=require`. Raises: ValueError; OSError.
 
@@ -179,7 +187,7 @@ def parse_postgres(
     else:
         password = _password_of((parts.hostname, str(port), database, user))
     login = Login(user, database, password, settings, statement)
-    return Target(parts.hostname, port, mode != "disable", f"/{database}", (), is_unverified, ca_file, login)
+    return Target(parts.hostname, port, mode != "disable", f"/{database}", (), is_unverified, ca_file, client, login)
 
 
 def _password_of(wanted: tuple[str, str, str, str]) -> str | None:

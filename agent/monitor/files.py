@@ -22,6 +22,8 @@ from agent.monitor.node import NodeSample
 
 log = logging.getLogger(__name__)
 KEEP = 5
+SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
+"""Endings of files whose names say their form."""
 STANDARD_OUTPUT = "-"
 TAIL_BYTES = 1 << 20  # longer than any line
 

@@ -61,6 +61,10 @@ class LoadOrder(msgspec.Struct, frozen=True):
     stop_boottime_ns: int = 0
     file_roots: tuple[str, ...] = ()
     allow_link_local: bool = False
+    ca_file: str = ""
+    """What the certificate of a head is checked against; like the client's own below, of loads with a token only."""
+    cert_file: str = ""
+    key_file: str = ""
 
 
 class Identity(msgspec.Struct, frozen=True):

@@ -236,7 +236,8 @@ class Runner:
         spec = msgspec.convert(found.spec, LoadSpec)
         spec = confined(spec, [Path(root).resolve() for root in found.file_roots], self.directory.path)
         headers = (f"Authorization: Bearer {found.token}",) if found.token else ()
-        aim = Aim(found.urls, spread=found.spread, headers=headers)
+        client = (found.cert_file, found.key_file) if found.cert_file else None
+        aim = Aim(found.urls, spread=found.spread, headers=headers, ca_file=found.ca_file or None, client=client)
         return order_of(spec, aim, part=found.part, parts=found.parts)
 
     def _arm(self, crew: Crew, order: Order) -> None:

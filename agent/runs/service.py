@@ -24,6 +24,7 @@ from agent.mover_client import child_env
 from agent.runs.directory import LOG, About, Fire, Identity, LoadOrder, RunDirectories, Status
 from agent.runs.upload import Uploader
 from agent.runtimes.base import scrubbed
+from agent.tls import TlsConfig
 from common import wire
 from common.clock import boottime_ns
 from common.errors import DiskFull, ErrorInfo, HerderError, RunFailed
@@ -87,6 +88,7 @@ class Runs:
         send_tick: Callable[[wire.RunTick], None] = lambda tick: None,
         file_roots: tuple[str, ...] = (),
         allow_link_local: bool = False,
+        tls: TlsConfig | None = None,
     ) -> None:
         self.live: dict[str, Live] = {}
         self.totals = Totals()
@@ -97,6 +99,7 @@ class Runs:
         self._send_tick = send_tick
         self._file_roots = file_roots
         self._allow_link_local = allow_link_local
+        self._tls = tls or TlsConfig()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._uploads: dict[str, asyncio.Task[None]] = {}
         self._is_looking = False
@@ -195,6 +198,7 @@ class Runs:
         stop_ns = 0
         if order.stop_after_ms:
             stop_ns = boottime_ns() + order.stop_after_ms * 1_000_000
+        tls = self._tls if order.token else TlsConfig()  # the gateway's, which is the head's own
         return LoadOrder(
             order.run,
             order.spec,
@@ -206,6 +210,9 @@ class Runs:
             stop_boottime_ns=stop_ns,
             file_roots=self._file_roots,
             allow_link_local=self._allow_link_local,
+            ca_file=tls.ca,
+            cert_file=tls.cert,
+            key_file=tls.key,
         )
 
     async def _attach(self, effect: fx.AttachRun) -> None:

@@ -117,10 +117,19 @@ class Uploader:
             return error.message  # certificates: for a person to mend
         if answer.status in FINAL:
             raise _refusal(answer.status, said, path.name)
-        return f"the head answered {answer.status}"
+        return f"the head answered {answer.status}{_why(said)}"
 
     def _context(self) -> ssl.SSLContext | None:
         return client_context(self._tls) if self._tls is not None else None
+
+
+def _why(said: bytes) -> str:
+    """The head's own words for people who read the log; "" without them."""
+    try:
+        error = msgspec.json.decode(said, type=_Answer).error
+    except UNREADABLE:
+        return ""
+    return f" ({error.code}: {error.message})"[:300]
 
 
 def _refusal(status: int, said: bytes, name: str) -> HerderError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from herder.cli import output
+from herder.cli import output, text
 from herder.cli.command import Duration, Globals, KeyValue, pass_globals, verb
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def _monitor(options: Globals, given: dict[str, Any]) -> Monitor:
 
 def _settings(options: Globals, given: dict[str, Any]) -> Settings:
     """The settings that the options make. Raises: ValueError, HerderError."""
+    from agent.monitor.files import SUFFIXES
     from agent.monitor.monitor import Settings
     from agent.monitor.node import GROUPS
     from agent.monitor.server import address_of
@@ -105,6 +106,9 @@ def _settings(options: Globals, given: dict[str, Any]) -> Settings:
     has_door = given["listen"] or given["pushgateway"] or given["engine_save"] or given["process_save"]
     if not saves and not has_door and options.output == "table" and not sys.stdout.isatty():
         saves = ("-",)
+    for name in saves:
+        if name != "-" and Path(name).suffix not in SUFFIXES and (not Path(name).exists() or Path(name).is_file()):
+            raise ValueError(f"--save {name}: the ending says the form: {', '.join(SUFFIXES)}")
     key = read_secret(Path(given["engine_key_file"])) if given["engine_key_file"] else ""
     return Settings(
         interval_s=given["interval"],
@@ -169,6 +173,7 @@ def _run(options: Globals, monitor: Monitor, is_drawn: bool) -> int:
     if monitor.error:
         output.note(options, monitor.error)
     if monitor.settings.outputs or view:
-        lost = f", {monitor.rows_lost} rows lost" if monitor.rows_lost else ""
+        is_short = monitor.rows_lost and not monitor.writer.is_unread
+        lost = f", {text.plural(monitor.rows_lost, 'row')} lost" if is_short else ""
         output.note(options, f"{monitor.samples} samples, {monitor.schedule.missed} ticks missed{lost}")
     return output.EXIT_FAILED if monitor.rows_lost and not monitor.writer.is_unread else output.EXIT_OK

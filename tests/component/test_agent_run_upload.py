@@ -109,6 +109,15 @@ async def test_redirects_are_not_followed(file: Path) -> None:
         assert other.taken == []
 
 
+async def test_a_full_head_is_told_in_its_words(file: Path) -> None:
+    """What passes is tried again, and the reason says what is wrong there."""
+    async with Taker().serving() as head:
+        error = {"error": {"code": "disk_full", "message": "no room for load.bin"}}
+        head.answer = lambda: web.json_response(error, status=507)
+        with pytest.raises(TimedOut, match=r"the head answered 507 \(disk_full: no room for load.bin\)"):
+            await uploader(head).send("r", file)
+
+
 @pytest.mark.parametrize(
     ("body", "kind", "words"),
     [

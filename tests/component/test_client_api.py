@@ -310,6 +310,22 @@ class TestStreams:
                 [chunk async for chunk in client.chat("a", "hi")]
         assert caught.value.code == "cut_off"
 
+    async def test_a_head_that_hangs_up_may_speak_tls(self) -> None:
+        """Asked at http://, it closes without a word: the hint says what to try."""
+        server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with server, AsyncClient(settings=Settings(url=url, token=TOKEN), timeout_s=5) as client:
+            with pytest.raises(HerderConnectionError) as caught:
+                await client.nodes().all()
+        assert (caught.value.code, "https://" in caught.value.hint) == ("cut_off", True)
+
+    async def test_a_missing_certificate_is_named(self, tmp_path: Path) -> None:
+        """Which of the files cannot be read stands in the error."""
+        settings = Settings(url="https://127.0.0.1:1", token=TOKEN, ca_file=str(tmp_path / "ca.pem"))
+        with pytest.raises(HerderError, match=r"ca\.pem"):
+            async with AsyncClient(settings=settings) as client:
+                await client.nodes().all()
+
     async def test_an_error_inside_a_chat_is_raised(self) -> None:
         """An engine that fails halfway is an error with its code."""
         async with connected() as (double, client):

@@ -207,6 +207,8 @@ def test_a_reader_that_leaves_ends_it(tmp_path: Path) -> None:
         (("--save", "x.csv", "--save", "./x.csv"), 2, "x.csv: two outputs cannot be one file"),
         (("--save", "x.csv", "--engine-save", "x.csv"), 2, "x.csv: two outputs cannot be one file"),
         (("-o", "json", "--save", "-"), 2, "leave one of them out"),
+        (("--save", "x.txt"), 2, "the ending says the form: .csv, .jsonl, .ndjson, .parquet"),
+        (("--save", "x"), 2, "the ending says the form"),
         (("--pushgateway", "http://h", "--push-interval", "0.1s"), 2, "at least a second"),
         (("--save", "missing/x.csv"), 1, "missing/x.csv: No such file"),
         (("--listen", "0.0.0.0:0"), 1, "open to everybody"),

@@ -23,6 +23,7 @@ from agent.ledger import Ledger
 from agent.runs.directory import RunDirectories, RunDirectory
 from agent.runs.service import Runs
 from agent.runs.upload import Uploader
+from agent.tls import TlsConfig
 from common import wire
 from common.bench.outcome import Asked, Outcome, decode
 from common.clock import SystemClock
@@ -108,7 +109,9 @@ class Door:
 class Rig:
     """See the module's first lines. One agent process; make another over the same root for the next."""
 
-    def __init__(self, root: Path, door: Door, *, file_roots: tuple[str, ...], allow_link_local: bool) -> None:
+    def __init__(
+        self, root: Path, door: Door, *, file_roots: tuple[str, ...], allow_link_local: bool, tls: TlsConfig
+    ) -> None:
         self.door = door
         self.tasks = Supervisor("rig")
         self.ledger = Ledger(root / "ledger.db")
@@ -125,6 +128,7 @@ class Rig:
             send_tick=self.ticks.append,
             file_roots=file_roots,
             allow_link_local=allow_link_local,
+            tls=tls,
         )
 
     def release(self, effect: fx.Effect) -> None:
@@ -187,11 +191,17 @@ class Rig:
 
 @asynccontextmanager
 async def rig(
-    root: Path, door: Door, *, file_roots: tuple[str, ...] = (), allow_link_local: bool = False, boot_id: str = ""
+    root: Path,
+    door: Door,
+    *,
+    file_roots: tuple[str, ...] = (),
+    allow_link_local: bool = False,
+    boot_id: str = "",
+    tls: TlsConfig | None = None,
 ) -> AsyncIterator[Rig]:
     """An agent's runs; leaving it is what the end of an agent process is to them."""
     os.makedirs(root, exist_ok=True)
-    made = Rig(root, door, file_roots=file_roots, allow_link_local=allow_link_local)
+    made = Rig(root, door, file_roots=file_roots, allow_link_local=allow_link_local, tls=tls or TlsConfig())
     await made.runs.start(set(made.state.runs))
     made.tasks.start("driver", made.driver.run())
     made.driver.post(ev.AgentStarted(boot_id or procs.boot_id(), str(root / "store/models")))
