@@ -154,7 +154,9 @@ def _remarks(result: Result, rows: Sequence[Row]) -> list[str]:
     for word in ("invalid", "degraded"):
         numbers = [str(row.number) for row in rows if row.word == word]
         if numbers:
-            said.append(f"{result.name}: {word} and left out: point {', '.join(numbers[:12])}")
+            points = f"point{'s' if len(numbers) > 1 else ''} {', '.join(numbers[:12])}"
+            more = f" and {len(numbers) - 12} more" if len(numbers) > 12 else ""
+            said.append(f"{result.name}: {word} and left out: {points}{more}")
     status = result.benchmark.get("status", "completed")
     return [*said, f"{result.name} is {status}"] if status != "completed" else said
 

@@ -25,8 +25,8 @@ def settle(options: Globals, client: Client, node: str, *, is_stopping: bool) ->
     services = sorted({replica.service for replica in live})
     if not is_stopping:
         return (
-            f"{text.plural(len(live), 'engine')} of {', '.join(services)} keep running and are found again by the "
-            "next `herder up`; `herder down --stop-engines` stops them too"
+            f"still running: {text.plural(len(live), 'engine')} of {', '.join(services)}; the next `herder up` goes on "
+            "with that, `herder down --stop-engines` ends it too"
         )
     for name in services:
         output.note(options, f"stopping the engines of {name}")
