@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from agent.loadgen.apis import NOTHING, Answer, Reader
 
-MAX_SIZES = 64  # sizes of reads that are kept of one stream: texts of 64 lengths
+MAX_SIZES = 32  # sizes of reads that are kept of one stream: texts of as many lengths
+MAX_PAYLOAD = 1_024  # longer events go the long way: a stream's likeness takes at most both together
 PLAIN = bytes(code for code in range(0x20, 0x7F) if code not in b'"\\')
 _OTHER = b"herder 0f1e2d3c"
 _NEVER = b"\n"  # no chunk begins with it
@@ -51,8 +52,11 @@ class Likeness:
 
 
 def learn(payload: bytes, read_event: Reader) -> Likeness | None:
-    """What the events that are like this one have in common; None where that cannot be proven, or usage is in it."""
-    seen = _meaning(payload, read_event)
+    """What the events that are like this one have in common.
+
+    None where that cannot be proven, where usage is in it, and of a long event.
+    """
+    seen = _meaning(payload, read_event) if len(payload) <= MAX_PAYLOAD else None
     if seen is None:
         return None
     kind, text = seen

@@ -137,6 +137,7 @@ def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (chat({"content": "word"}), OUTPUT, b"other"),  # the model's name is the same word
         (chat({"content": "word"}, model2="word"), OUTPUT, None),  # the place is not the last: the long way
+        (chat({"content": "word"}, system="x" * 1_024), OUTPUT, None),
         (chat({"reasoning": "hm"}), REASONING, b"well"),
     ],
 )
