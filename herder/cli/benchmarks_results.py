@@ -139,6 +139,7 @@ def export(options: Globals, benchmark_id: str, format_: Any, point: int | None,
         if format_ == "all":
             if path is None:
                 raise click.UsageError("--format all needs --save FOLDER")
+            _refuse_another(path, benchmark_id)
             written = _export_all(options, client, benchmark_id, path)
             total = sum(file.stat().st_size for file in written)
             said = f"{text.plural(len(written), 'file')}, {text.size(total)}, in {path}"
@@ -196,6 +197,18 @@ def _export_all(options: Globals, client: Client, benchmark_id: str, folder: Pat
         client.download_benchmark_file(benchmark_id, file.name, path)
         written.append(path)
     return written
+
+
+def _refuse_another(folder: Path, benchmark_id: str) -> None:
+    """A folder that another benchmark was exported into would hold points of both. Raises: click.UsageError."""
+    import msgspec
+
+    try:
+        found = msgspec.json.decode((folder / "report.json").read_bytes())["benchmark"]["id"]
+    except (OSError, KeyError, TypeError, *UNREADABLE):
+        return
+    if found != benchmark_id:
+        raise click.UsageError(f"{folder} holds the export of {found}; give another folder")
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -494,6 +494,18 @@ class TestExport:
         }  # fmt: skip
         assert "report.html is left out" in capsys.readouterr().err
 
+    def test_two_benchmarks_are_not_mixed(
+        self, head: BenchmarkHead, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """A folder is written again for the same benchmark, and refused for another."""
+        words = ("export", BENCHMARK, "--format", "all", "--save", str(tmp_path))
+        for name, code in ((BENCHMARK, 0), ("bench-of-before", 2)):
+            (tmp_path / "report.json").write_text(json.dumps({"benchmark": {"id": name}}))
+            head.views = deque([view("completed", point(0))])
+            assert benchmarks(*words) == code
+        assert "holds the export of bench-of-before" in " ".join(capsys.readouterr().err.split())
+        assert json.loads((tmp_path / "report.json").read_text())["benchmark"]["id"] == "bench-of-before"
+
     def test_names_that_would_leave_the_folder(
         self, head: BenchmarkHead, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
