@@ -44,7 +44,7 @@ from agent.runs.upload import Uploader
 from agent.runtimes.registry import find_engines, make_runtimes
 from common import ids, limits, wire
 from common.clock import SystemClock, boottime_ms
-from common.config import read_secret
+from common.config import listen_error, read_secret
 from common.errors import HerderError, InvalidConfig, InvalidDevice
 from common.logs import own
 from common.statedir import StateDir
@@ -307,7 +307,7 @@ class Agent:
         try:
             await self.exporter.start(self.config.http.host, self.config.http.port)
         except OSError as error:
-            raise InvalidConfig(f"http {self.config.http.host}:{self.config.http.port}: {error.strerror}") from None
+            raise listen_error(self.config.http.host, self.config.http.port, error, group="http.") from None
         await self._wait_for_mover()
         self.tasks.start("link", self.link.run(), is_critical=True)
         self.tasks.start("telemetry", self._read_telemetry(), is_critical=True)

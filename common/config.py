@@ -8,6 +8,7 @@ Secrets are never configured by value: settings name files, which must not be re
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 import yaml
 
-from common.errors import InvalidConfig
+from common.errors import HerderError, InvalidConfig, PortTaken
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -47,6 +48,20 @@ def load_config(
         return msgspec.convert(document, cls)
     except msgspec.ValidationError as error:
         raise InvalidConfig(f"configuration: {error}", hint="docs/configuration.md lists every setting") from None
+
+
+def listen_error(host: str, port: int, error: OSError, *, group: str = "") -> HerderError:
+    """Why a daemon cannot listen where its configuration says. group: `http.` where its settings are in one."""
+    where = f"{host}:{port}"
+    if error.errno == errno.EADDRINUSE:
+        return PortTaken(
+            f"{where} is in use by another program",
+            hint=f"`ss -ltnp sport = :{port}` shows which; or set {group}port",
+        )
+    if error.errno == errno.EACCES:
+        return InvalidConfig(f"{where}: this user may not listen there", hint="use a port above 1023")
+    hint = f"is `{group}host` an address of this machine?"
+    return InvalidConfig(f"{where}: {error.strerror or error}", hint=hint)
 
 
 def read_secret(path: Path) -> str:

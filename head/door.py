@@ -8,7 +8,6 @@ requests, which is longer, because proxies keep connections for the next of thei
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 from typing import Any
 
@@ -17,7 +16,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from common import limits
 from common.clock import boottime_ms
-from common.errors import HerderError, InvalidConfig, PortTaken
+from common.config import listen_error
 from common.telemetry import fields
 from head import config
 from head.config import HeadConfig
@@ -116,7 +115,7 @@ class Door:
             await self._site.start()
         except OSError as error:
             self._site = None
-            raise _listen_error(settings, error) from None
+            raise listen_error(settings.host, settings.port, error) from None
         self.url = f"{settings.url.rpartition(':')[0]}:{self._runner.addresses[0][1]}"
 
     async def shut(self) -> None:
@@ -150,15 +149,3 @@ class Door:
         if late:
             log.warning("connections without a request were closed", extra=fields(connections=len(late)))
         return len(late)
-
-
-def _listen_error(settings: HeadConfig, error: OSError) -> HerderError:
-    where = f"{settings.host}:{settings.port}"
-    if error.errno == errno.EADDRINUSE:
-        return PortTaken(
-            f"{where} is in use by another program",
-            hint=f"`ss -ltnp sport = :{settings.port}` shows which; or set port",
-        )
-    if error.errno == errno.EACCES:
-        return InvalidConfig(f"{where}: this user may not listen there", hint="use a port above 1023")
-    return InvalidConfig(f"{where}: {error.strerror or error}", hint="is `host` an address of this machine?")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 import aiohttp
@@ -139,6 +140,17 @@ async def test_second_agent_on_the_same_state_refuses(tmp_path: Path) -> None:
         assert "state_locked" in n.log()
         assert f"pid {first.pid}" in n.log()
         assert first.returncode is None
+
+
+async def test_a_port_of_metrics_that_is_taken_is_named_with_its_setting(tmp_path: Path) -> None:
+    """A second agent on a machine ends with 2, and its message says which setting to change."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        async with node(tmp_path) as n:
+            n.settings["http"] = {"port": taken.getsockname()[1]}
+            n.write()
+            assert await n.wait_ended(await n.spawn("--config", str(n.config))) == 2
+            assert "port_taken" in n.log()
+            assert "or set http.port" in n.log()
 
 
 @pytest.mark.parametrize(
