@@ -14,6 +14,7 @@ from collections.abc import Mapping
 MAX_LINE = 8_192
 MAX_HEADERS = 65_536
 MAX_CHUNK = 1 << 40
+MAX_SIZES = 4_096
 
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9]\d\d)(?: .*)?", re.DOTALL)
 _CHUNK = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?", re.DOTALL)
@@ -62,7 +63,10 @@ class AnswerReader:
             return None
         begin = data.find(b"\r\n", 0, 20) + 2
         end = len(data) - 4
-        if _SIZES.get(data[: begin - 2], -1) != end + 2 - begin or data[begin : begin + 6] != b"data: ":
+        if begin < 3 or data[begin : begin + 6] != b"data: ":
+            return None
+        size = _SIZES.get(data[: begin - 2])
+        if (_size_of(data[: begin - 2]) if size is None else size) != end + 2 - begin:
             return None
         if data[end:] != b"\n\n\r\n" or data.find(b"\n", begin) != end or data.find(b"\r", begin) != end + 2:
             return None
@@ -135,14 +139,11 @@ class AnswerReader:
     def _begin_chunk(self, line: bytes) -> None:
         size = _SIZES.get(line)
         if size is None:
-            match = _CHUNK.fullmatch(line)
-            if match is None:
-                raise ProtocolError("a chunk without a size")
-            size = int(match[1], 16)
-            if size > MAX_CHUNK:
-                raise ProtocolError("a chunk of more than a tebibyte")
-            if len(_SIZES) < 4_096:
-                _SIZES[line] = size
+            size = _size_of(line)
+        if size < 0:
+            raise ProtocolError("a chunk without a size")
+        if size > MAX_CHUNK:
+            raise ProtocolError("a chunk of more than a tebibyte")
         self._left = size
         self._state = _DATA if size else _TRAILER
 
@@ -200,6 +201,17 @@ class AnswerReader:
             self._state = _LENGTH if self._left else _DONE
         else:
             self._state, self.is_kept = _UNTIL_CLOSE, False
+
+
+def _size_of(line: bytes) -> int:
+    """The size that a chunk begins with, remembered for the next of the kind; -1 for a line that is none."""
+    match = _CHUNK.fullmatch(line)
+    if match is None:
+        return -1
+    size = int(match[1], 16)
+    if len(_SIZES) < MAX_SIZES:
+        _SIZES[line] = size
+    return size
 
 
 def _headers(lines: list[bytes]) -> dict[bytes, bytes]:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.loadgen import connection as connection_module
+from agent.loadgen import http1
 from agent.loadgen.apis import APIS, OUTPUT, REASONING
 from agent.loadgen.connection import Call, Connection
 from agent.loadgen.http1 import AnswerReader
@@ -124,6 +125,7 @@ def test_the_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         return inner(reader, data)
 
     monkeypatch.setattr(AnswerReader, "whole_event", looking)
+    monkeypatch.setattr(http1, "_SIZES", {})  # as in a process that has read nothing yet
     events = [chat({"content": " x" * (number % 20 + 1)}, created=number // 50) for number in range(200)]
     events[120] = chat({"content": "two\nlines"}, created=2)
     reads = [HEAD, *map(chunk_of, events), chunk_of(b"data: [DONE]\n\n"), b"0\r\n\r\n"]

@@ -104,11 +104,17 @@ def test_the_short_way_reads_the_same(bodies: list[bytes], glued: int) -> None:
 
 
 def test_the_short_way_is_taken() -> None:
-    """A chunk of a size that was seen before, with one event of one line; nothing else."""
+    """A whole chunk of any size, with one event of one line; nothing else."""
     reader, chunk = AnswerReader(), b"a\r\ndata: {}\n\n\r\n"
     assert reader.whole_event(chunk) is None  # the head has not come
     reader.feed(HEAD + chunk)
     assert reader.whole_event(chunk) == b"{}"
+    body = b"data: " + b"x" * 7_993 + b"\n\n"
+    assert reader.whole_event(b"%x;new=1\r\n%b\r\n" % (len(body), body)) == body[6:-2]
+    assert reader.whole_event(b"%x\r\n%b\r\n" % (len(body) + 1, body)) is None
+    assert reader.whole_event(b"\r\n%b\r\n" % body) is None
+    assert reader.whole_event(b"g\r\n%b\r\n" % body) is None
+    assert reader.whole_event(b"8" * 40) is None
     assert reader.whole_event(b"a\r\ndata: {}\n\r\r\n") is None
     assert reader.whole_event(chunk[:-1]) is None
     assert reader.whole_event(chunk + b"0\r\n\r\n") is None
