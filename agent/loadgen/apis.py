@@ -46,7 +46,7 @@ class Answer:
 
     def take(self, kind: int, text: str) -> None:
         """Keeps a piece of output or of reasoning."""
-        self.keep(*((text, None) if kind == OUTPUT else (None, text)))
+        self.keep(text if kind == OUTPUT else None, text)
 
 
 Reader = Callable[[bytes, Answer], int]

@@ -213,5 +213,4 @@ def _prune_one(folder: Path, found: dict[str, Any], now: float) -> list[Path]:
             if path.is_relative_to(folder.resolve()) and path.is_file():
                 path.unlink()
                 gone.append(path)
-
     return gone

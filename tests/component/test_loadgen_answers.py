@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from array import array
@@ -22,6 +21,7 @@ from agent.loadgen.engine import Engine, Limits, Share
 from agent.loadgen.target import parse_url
 from agent.loadgen.workload import Item
 from common.bench.records import COLUMNS, OUTCOMES, SOURCES, Records
+from tests.doubles.herder_program import HERDER
 from tests.doubles.scripted_server import END, STREAM, Step, chunk, serving, stream
 
 WIRE = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
@@ -138,8 +138,7 @@ def test_a_name_that_is_not_known_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 def bench(port: int, *words: str) -> list[str]:
     """The command."""
-    program = "from herder.cli.main import main; main()"
-    return [sys.executable, "-c", program, "bench", f"127.0.0.1:{port}", "--model", "m", *words]
+    return [*HERDER, "bench", f"127.0.0.1:{port}", "--model", "m", *words]
 
 
 def test_a_signal_to_the_whole_group_loses_nothing() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -14,6 +13,7 @@ from msgspec.structs import replace
 from agent.loadgen import order
 from agent.loadgen.spread import SPREADS, chooser
 from common.bench.spec import LoadSpec
+from tests.doubles.herder_program import HERDER
 from tests.doubles.scripted_server import END, EVENT, STREAM, USAGE, Step, chunk, serving, stream, whole
 
 
@@ -91,7 +91,7 @@ def test_a_server_that_fails_is_told_apart() -> None:
             "--requests",
             "40",
         ]
-        command = [sys.executable, "-c", "from herder.cli.main import main; main()", "bench", *words, "-o", "json"]
+        command = [*HERDER, "bench", *words, "-o", "json"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     report = json.loads(done.stdout)
     good, bad = (report["endpoints"][url] for url in report["plan"]["urls"])
@@ -105,7 +105,7 @@ def test_the_tables_tell_servers_and_classes_apart() -> None:
     with serving(lambda number: stream()) as one, serving(lambda number: stream()) as other:
         words = [f"127.0.0.1:{one.port}", f"127.0.0.1:{other.port}", "--model", "m", "--concurrency", "2", "--requests",
                  "8", "--scenario", "D(1,3)", "--scenario", "D(9,3)"]  # fmt: skip
-        command = [sys.executable, "-c", "from herder.cli.main import main; main()", "bench", *words]
+        command = [*HERDER, "bench", *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80

@@ -11,7 +11,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 from array import array
@@ -32,6 +31,7 @@ from agent.loadgen.workload import Item
 from common.bench import schedule
 from common.bench.records import COLUMNS, OUTCOMES, Records
 from common.bench.spec import LoadSpec
+from tests.doubles.herder_program import HERDER
 from tests.doubles.scripted_server import END, EVENT, STREAM, Server, Step, chunk, serving, stream, whole
 
 WIRE = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}"
@@ -328,7 +328,7 @@ def test_tls(tmp_path: Path) -> None:
 
 def command(*words: str) -> list[str]:
     """A `herder bench` process."""
-    return [sys.executable, "-c", "from herder.cli.main import main; main()", "bench", *words]
+    return [*HERDER, "bench", *words]
 
 
 def test_a_stalled_generator_is_invalid() -> None:

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 from agent.suite.api import Orchestrator, ServiceFactory, SuiteError
-from tests.doubles.suite_servers import HERDER, ExecutorProcess, Stub, executor, herder, serving, until
+from tests.doubles.herder_program import HERDER
+from tests.doubles.suite_servers import ExecutorProcess, Stub, executor, herder, serving, until
 
 PLUGIN = """
 import json, time, urllib.request

@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from tests.doubles import private_slurm
-from tests.doubles.suite_servers import HERDER, until
+from tests.doubles.herder_program import HERDER
+from tests.doubles.suite_servers import until
 
 pytestmark = pytest.mark.skipif(not private_slurm.is_possible(), reason="no Slurm, or not root")
 DUMMY = Path(__file__).resolve().parents[2] / "recipes" / "suite" / "dummy.yaml"

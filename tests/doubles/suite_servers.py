@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,8 +20,7 @@ from typing import Any
 from aiohttp import web
 
 from agent.suite.asking import ask, ask_json
-
-HERDER = (sys.executable, "-P", "-c", "from herder.cli.main import main; main()")
+from tests.doubles.herder_program import HERDER
 
 
 @dataclass
