@@ -117,10 +117,10 @@ async def decode_body(body: bytes, cls: type[msgspec.Struct], *, content_type: s
         return _checked(made) if body.count(b"{") + body.count(b"[") > limits.NESTING else made
     except msgspec.ValidationError as error:
         raise invalid_value(error, cls) from None
-    except UNREADABLE as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
+    except UNREADABLE as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from None
 
 
 def _checked(made: msgspec.Struct) -> msgspec.Struct:

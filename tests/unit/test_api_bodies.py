@@ -154,6 +154,17 @@ def test_the_throttle_forgives_after_a_minute_and_forgets_the_oldest() -> None:
     assert throttle.failed("unix") == 0
 
 
+@pytest.mark.parametrize("depth", [200, 100_000])  # the latter is more than the reader itself goes
+async def test_endless_nesting_is_told_as_such(depth: int) -> None:
+    """Not as something that is no JSON."""
+    with pytest.raises(InvalidRequest, match="too deeply"):
+        await decode_body(
+            b'{"name":"a","metadata":' + b'{"a":' * depth + b"1" + b"}" * depth + b"}",
+            api.RegisterModel,
+            content_type="application/json",
+        )
+
+
 @pytest.mark.parametrize("content_type", ["application/json", "application/yaml"])
 async def test_what_is_nested_too_deeply_is_not_kept(content_type: str) -> None:
     """Data one stack can just decode, another may not be able to encode: one model broke the list for everybody."""
