@@ -108,9 +108,7 @@ def finish(
         with output.interruptible(said):
             for seen in client.watch_benchmark(benchmark.id, timeout_s=timeout_s):
                 last = seen
-    output.emit(
-        options, last, view.shown(options, last, int(time.time() * 1000)), quiet=view.verdict(last) or last.status
-    )
+    output.emit(options, last, view.shown(options, last, int(time.time() * 1000)), quiet=last.verdict or last.status)
     if last.status == "failed":
         error = last.error
         raise HerderError(
@@ -118,7 +116,7 @@ def finish(
             f"{last.id} failed: {error.message if error else last.note or 'no reason given'}",
             hint=error.hint if error else f"`herder benchmarks logs {last.id}` shows what its nodes said",
         )
-    return output.EXIT_OK if view.verdict(last) == "valid" else output.EXIT_FAILED
+    return output.EXIT_OK if last.verdict == "valid" else output.EXIT_FAILED
 
 
 @command.command("list", examples=("herder benchmarks list", "herder benchmarks list --state running"))
@@ -150,7 +148,7 @@ def show(options: Globals, benchmark_id: str) -> None:
         found = client.benchmark(benchmark_id)
         files = client.benchmark_files(benchmark_id) if options.output == "table" else []
     shown = view.shown(options, found, int(time.time() * 1000), files)
-    output.emit(options, found, shown, quiet=view.verdict(found) or found.status)
+    output.emit(options, found, shown, quiet=found.verdict or found.status)
 
 
 @command.command(

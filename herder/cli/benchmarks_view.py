@@ -62,15 +62,6 @@ WIDTH = 80
 ARRIVED = ("ready", "done", "armed", "running")
 
 
-def verdict(benchmark: types.BenchmarkView) -> str:
-    """valid, degraded or invalid, the worst of its points; empty before its end."""
-    if benchmark.status != "completed" or benchmark.verdict:
-        return benchmark.verdict
-    if any(point_verdict(point) == "invalid" for point in benchmark.points):
-        return "invalid"
-    return "degraded" if benchmark.is_degraded else "valid" if benchmark.is_valid else "invalid"
-
-
 def point_verdict(point: types.PointView) -> str:
     """The verdict of a point that was judged, else its state."""
     if point.status != "completed":
@@ -87,7 +78,7 @@ def list_row(benchmark: types.BenchmarkView, now_ms: int) -> list[str]:
         benchmark.name,
         benchmark.status,
         f"{benchmark.points_done}/{benchmark.points_planned}",
-        verdict(benchmark) or "-",
+        benchmark.verdict or "-",
         benchmark.model or "-",
         text.age(benchmark.created_ms, now_ms),
         views.span(benchmark.started_ms, benchmark.ended_ms, now_ms),
@@ -174,7 +165,7 @@ def _facts(benchmark: types.BenchmarkView, now_ms: int) -> list[tuple[str, str]]
         ("benchmark", benchmark.id),
         ("name", benchmark.name),
         ("status", benchmark.status),
-        ("verdict", verdict(benchmark)),
+        ("verdict", benchmark.verdict),
         ("points", planned),
         ("found", found),
         ("note", benchmark.note),

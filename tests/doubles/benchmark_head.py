@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -60,8 +61,16 @@ def view(status: types.BenchmarkState, *points: types.PointView, **others: Any) 
         load_nodes=("n1", "n2"),
         server_nodes=("gpu1",),
         points=points,
+        verdict=_verdict(points) if status == "completed" else "",
     )
     return msgspec.structs.replace(base, **others)
+
+
+def _verdict(points: Sequence[types.PointView]) -> types.Verdict:
+    """As the head says it."""
+    if all(one.is_valid for one in points):
+        return "valid"
+    return "degraded" if all(one.is_valid or one.reasons == ("degraded",) for one in points) else "invalid"
 
 
 def tick(point_number: int, at_s: float, **others: Any) -> types.BenchmarkTick:
